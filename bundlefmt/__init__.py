@@ -1,0 +1,1 @@
+"""bundlefmt: run language models larger than memory, neuron by neuron from flash."""

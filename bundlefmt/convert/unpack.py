@@ -1,0 +1,242 @@
+"""A bundle file back into the files that it was packed from."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bundlefmt.checkpoints.sources import SourceTensor, parse_header
+from bundlefmt.convert.progress import Progress, silent
+from bundlefmt.errors import FormatError, UsageError
+from bundlefmt.file import BundleFile, naming
+from bundlefmt.layout import dtypes
+from bundlefmt.layout.encodings import numbers_in
+from bundlefmt.layout.header import Group, Part, Source, SourceFile
+from bundlefmt.reader import Reader
+from bundlefmt.storage.atomic import refuse_existing, replacing, require_free_space
+
+_CHUNK_BYTES = 32 << 20  # of bundles in memory at a time
+
+Placement = tuple[Group, Part, Source]
+
+
+@dataclass(frozen=True)
+class UnpackReport:
+    """What `unpack` wrote. `identical` says whether every file is byte for byte the original;
+    `reencoded` names the tensors that are the stored values in another dtype instead."""
+
+    path: str
+    folder: str
+    files: list[str]
+    identical: bool
+    reencoded: list[str]
+    bytes_written: int
+    seconds: float
+
+
+def unpack(
+    path: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    progress: Progress = silent,
+) -> UnpackReport:
+    """Write the original files into `folder`, which is made if need be.
+
+    Files are byte-identical where nothing was re-encoded. A tensor that was comes back in the
+    dtype of its encoding (f32, f16, bf16), or as F32 for block encodings: the stored values,
+    exactly. Raises UsageError when a file is already there, FormatError when the bundle file is
+    damaged or does not hold a tensor; then no file is written.
+    """
+    start = time.perf_counter()
+    target = Path(folder)
+    with BundleFile(path) as file, ExitStack() as stack, naming(path):
+        outputs = [
+            _Output(file, name.name, index) for index, name in enumerate(file.header.sources)
+        ]
+        blobs = {name: file.blob(name) for name in file.blob_names}
+        sizes = [output.nbytes for output in outputs] + [len(data) for data in blobs.values()]
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot make the folder: {error.strerror}", file=target) from error
+        for name in [output.name for output in outputs] + list(blobs):
+            refuse_existing(target / name, force=False)
+        require_free_space(target, sum(sizes))
+        writer = _Unpack(file, outputs, progress)
+        for name, data in blobs.items():
+            stack.enter_context(replacing(target / name)).write(data)
+        for output in outputs:
+            output.fd = stack.enter_context(replacing(target / output.name)).fileno()
+        writer.write(stack.enter_context(file.reader()))
+    reencoded = [name for output in outputs for name in output.reencoded]
+    return UnpackReport(
+        path=os.fspath(path),
+        folder=os.fspath(folder),
+        files=[*blobs, *(output.name for output in outputs)],
+        identical=not reencoded,
+        reencoded=reencoded,
+        bytes_written=sum(sizes),
+        seconds=time.perf_counter() - start,
+    )
+
+
+class _Output:
+    """One safetensors file to write: its header and where each tensor goes."""
+
+    def __init__(self, file: BundleFile, source: SourceFile) -> None:
+        self.name = source.name
+        self.fd = -1
+        self.header = bytes(file.region(source.header, source.name))
+        original = parse_header(Path(source.name), self.header)
+        self.placements = {
+            tensor.name: _placements(file, tensor)
+            for tensor in original
+            if tensor.name not in file.tensor_names
+        }
+        stored = {tensor.name: _stored_dtype(self.placements, tensor) for tensor in original}
+        self.reencoded = [tensor.name for tensor in original if stored[tensor.name] != tensor.dtype]
+        if self.reencoded:
+            self.header = _restated(self.header, original, stored)
+        self.tensors = {
+            tensor.name: tensor for tensor in parse_header(Path(self.name), self.header)
+        }
+        self.nbytes = 8 + len(self.header) + sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def _placements(file: BundleFile, tensor: SourceTensor) -> list[Placement]:
+    """The parts that make up a tensor. Raises FormatError unless they tile it exactly."""
+    found = [
+        (group, part, part.source)
+        for group in file.groups
+        for part in group.parts
+        if part.source is not None and part.source.tensor == tensor.name
+    ]
+    found.sort(key=lambda placement: placement[2].start)
+    end = 0
+    for group, _, source in found:
+        fits = len(tensor.shape) == 2 and (
+            tensor.shape[1 - source.axis] == group.d_model and source.start == end
+        )
+        if not fits:
+            break
+        end += group.neurons
+    else:
+        if found and end == tensor.shape[found[0][2].axis]:
+            return found
+    raise FormatError(
+        "the file does not hold this tensor whole",
+        field=tensor.name,
+        expected=f"parts that tile shape {list(tensor.shape)}",
+        found=f"{len(found)} parts",
+    )
+
+
+def _stored_dtype(placements: dict[str, list[Placement]], tensor: SourceTensor) -> str:
+    """The dtype in which a tensor's stored values can be written exactly."""
+    if tensor.name not in placements:
+        return tensor.dtype
+    names = {name: dtype for dtype, name in dtypes.ENCODING_OF.items()}
+    stored = {names.get(part.encoding, "F32") for _, part, _ in placements[tensor.name]}
+    return stored.pop() if len(stored) == 1 else "F32"
+
+
+def _restated(header: bytes, original: tuple[SourceTensor, ...], stored: dict[str, str]) -> bytes:
+    """A safetensors header with other dtypes: the same tensors in the same order."""
+    entries: dict[str, Any] = {}
+    metadata = json.loads(header).get("__metadata__")
+    if metadata is not None:
+        entries["__metadata__"] = metadata
+    end = 0
+    for tensor in original:
+        nbytes = dtypes.nbytes(stored[tensor.name], tensor.shape)
+        entries[tensor.name] = {
+            "dtype": stored[tensor.name],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + nbytes],
+        }
+        end += nbytes
+    data = json.dumps(entries, separators=(",", ":")).encode()
+    return data + b" " * (-len(data) % 8)
+
+
+class _Unpack:
+    """One unpacking under way."""
+
+    def __init__(self, file: BundleFile, outputs: list[_Output], progress: Progress) -> None:
+        self._file = file
+        self._outputs = outputs
+        self._progress = progress
+        self._done = 0
+        self._total = sum(output.nbytes for output in outputs)
+
+    def write(self, reader: Reader) -> None:
+        """Write every safetensors file into its descriptor."""
+        homes: dict[str, _Output] = {}
+        for output in self._outputs:
+            self._put(output, 0, len(output.header).to_bytes(8, "little") + output.header)
+            homes |= dict.fromkeys(output.tensors, output)
+            for tensor in output.tensors.values():
+                if tensor.name not in output.placements:
+                    self._put(output, tensor.offset, self._file.tensor_bytes(tensor.name))
+        for group in self._file.groups:
+            columns: dict[str, NDArray[Any]] = {}
+            for part, start, numbers in self._rows(group, reader):
+                source = part.source
+                if source is None or source.tensor not in homes:
+                    continue
+                output = homes[source.tensor]
+                tensor = output.tensors[source.tensor]
+                kind = dtypes.DTYPES[tensor.dtype][1]
+                rows = np.ascontiguousarray(numbers, dtype=kind)
+                if source.axis == 0:
+                    at = (source.start + start) * rows.strides[0]
+                    self._put(output, tensor.offset + at, rows.view(np.uint8))
+                    continue
+                if source.tensor not in columns:
+                    columns[source.tensor] = np.empty((group.d_model, group.neurons), dtype=kind)
+                columns[source.tensor][:, start : start + len(rows)] = rows.T
+            for part in group.parts:
+                if part.source is not None and part.source.tensor in columns:
+                    self._put_columns(homes[part.source.tensor], part.source, columns)
+
+    def _rows(self, group: Group, reader: Reader) -> Iterator[tuple[Part, int, NDArray[Any]]]:
+        """(part, first neuron, numbers [n, d_model]) for all parts of a group, by neuron."""
+        for part in group.parts:
+            if part.resident is not None:
+                yield part, 0, numbers_in(self._file.resident_part(group, part.name), part.encoding)
+        step = max(_CHUNK_BYTES // group.stride, 1)
+        for start in range(0, group.neurons, step):
+            neurons = np.arange(start, min(start + step, group.neurons))
+            bundles = reader.read(group.layer, neurons, expert=group.expert)
+            for part in group.bundled:
+                yield part, start, bundles.part(part.name)
+
+    def _put_columns(
+        self, output: _Output, source: Source, columns: dict[str, NDArray[Any]]
+    ) -> None:
+        """Write a part's columns into their tensor, whole or (of a fused one) row by row."""
+        tensor, matrix = output.tensors[source.tensor], columns[source.tensor]
+        if matrix.shape == tensor.shape:
+            self._put(output, tensor.offset, matrix.view(np.uint8))
+            return
+        width = tensor.shape[1] * matrix.itemsize
+        for row, numbers in enumerate(matrix):
+            at = tensor.offset + row * width + source.start * matrix.itemsize
+            self._put(output, at, numbers.view(np.uint8))
+
+    def _put(self, output: _Output, offset: int, data: Any) -> None:
+        view = memoryview(data).cast("B")
+        while view:
+            count = os.pwrite(output.fd, view, offset)
+            view, offset = view[count:], offset + count
+            self._done += count
+            self._progress(self._done, self._total)

@@ -1,0 +1,223 @@
+"""The proof that a bundle file is whole: its structure, and every byte of it vouched for."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from bundlefmt.convert.progress import Progress, silent
+from bundlefmt.errors import BundleError, FormatError
+from bundlefmt.file import BundleFile, naming
+from bundlefmt.layout import structure, superblock
+from bundlefmt.layout.constants import DATA_OFFSET, SLOT_LENGTH, SLOT_OFFSETS
+from bundlefmt.layout.header import Group, Region, Span
+from bundlefmt.layout.structure import Extent
+
+_STEP = 8 << 20  # bytes read at a time
+_MOST_FAULTS = 100  # kept by name; the rest are counted
+
+
+@dataclass
+class VerifyReport:
+    """What `verify` found. `faults` holds the first hundred messages, `fault_count` counts all;
+    `notes` are no faults. Sizes in bytes."""
+
+    path: str
+    quick: bool
+    faults: list[str] = field(default_factory=list)
+    fault_count: int = 0
+    notes: list[str] = field(default_factory=list)
+    generation: int = 0
+    file_bytes: int = 0
+    checked_bytes: int = 0
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether no fault was found."""
+        return self.fault_count == 0
+
+
+def verify(
+    path: str | os.PathLike[str], *, quick: bool = False, progress: Progress = silent
+) -> VerifyReport:
+    """Check a bundle file: superblocks, header, structure, every checksum, orders, zero gaps and
+    padding. `quick` leaves out the bulk: bundles, tensors and gaps.
+
+    Faults of the file are reported, not raised. Raises UsageError when there is no such file,
+    ReadError when the device fails.
+    """
+    start = time.perf_counter()
+    report = VerifyReport(os.fspath(path), quick)
+    try:
+        file = BundleFile(path)
+    except FormatError as error:
+        _note_fault(report, error)
+    else:
+        with file:
+            _Check(file, report, progress).run()
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _note_fault(report: VerifyReport, error: BundleError) -> None:
+    report.fault_count += 1
+    if len(report.faults) < _MOST_FAULTS:
+        report.faults.append(str(error))
+
+
+class _Check:
+    """One verification under way, of a file whose header is sound."""
+
+    def __init__(self, file: BundleFile, report: VerifyReport, progress: Progress) -> None:
+        self._file = file
+        self._report = report
+        self._progress = progress
+
+    def run(self) -> None:
+        """Check the whole file, front to back."""
+        current = self._file.superblock
+        self._report.generation = current.generation
+        self._report.file_bytes = Path(self._file.path).stat().st_size
+        self._superblocks()
+        extents = [entry for entry in structure.extents(self._file.header) if entry.span.length]
+        extents.sort(key=lambda entry: entry.span.offset)
+        cursor = DATA_OFFSET
+        for extent in extents:
+            self._gap(cursor, extent.span.offset)
+            self._attempt(extent)
+            cursor = extent.span.offset + extent.span.length
+        self._gap(cursor, current.header_offset)
+        self._gap(current.header_offset + current.header_length, current.file_length)
+        self._count(current.header_length)
+        extra = self._report.file_bytes - current.file_length
+        if extra:
+            self._report.notes.append(
+                f"{extra} bytes after the end at byte {current.file_length}: what an interrupted "
+                "update leaves; the next update drops them"
+            )
+
+    def _superblocks(self) -> None:
+        for offset in SLOT_OFFSETS:
+            slot = bytes(self._file.read(Span(offset, SLOT_LENGTH), "superblock"))
+            try:
+                with naming(self._file.path):
+                    superblock.decode(slot, offset)
+            except FormatError as error:
+                self._fault(error)
+            self._zero(slot[superblock.LENGTH :], offset + superblock.LENGTH, "superblock")
+            self._count(SLOT_LENGTH)
+
+    def _attempt(self, extent: Extent) -> None:
+        if self._report.quick and not (extent.table or extent.field.startswith("blobs")):
+            return
+        try:
+            self._extent(extent)
+        except FormatError as error:
+            self._fault(error)
+
+    def _extent(self, extent: Extent) -> None:
+        span, group = extent.span, extent.group
+        if isinstance(span, Region):
+            if span.codec != "raw":
+                self._file.region(span, extent.field)
+                self._count(span.length)
+            else:
+                self._region(span, extent.field)
+            if extent.table and group is not None:
+                self._file.order(group)
+        elif group is not None:
+            self._bundles(group)
+
+    def _region(self, region: Region, field: str) -> None:
+        digest = xxhash.xxh3_64()
+        for _, data in self._pieces(region.offset, region.length, 1, field):
+            digest.update(data)
+        if digest.hexdigest() != region.xxh3:
+            raise FormatError(
+                "data damaged",
+                file=self._file.path,
+                field=field,
+                offset=region.offset,
+                expected=region.xxh3,
+                found=digest.hexdigest(),
+            )
+
+    def _bundles(self, group: Group) -> None:
+        expected = self._file.checksums(group).tolist()
+        holes = _holes(group)
+        order = self._file.order(group)
+        for offset, data in self._pieces(
+            group.bundles.offset, group.bundles.length, group.stride, group.label
+        ):
+            first = (offset - group.bundles.offset) // group.stride
+            rows = data.reshape(-1, group.stride)
+            for slot, row in enumerate(rows, first):
+                found = xxhash.xxh3_64_intdigest(row)
+                if found != expected[slot]:
+                    neuron = slot if order is None else int(order[slot])
+                    self._fault(
+                        FormatError(
+                            "bundle damaged",
+                            file=self._file.path,
+                            field=f"{group.label}, neuron {neuron}",
+                            offset=group.bundles.offset + slot * group.stride,
+                            expected=f"{expected[slot]:016x}",
+                            found=f"{found:016x}",
+                        )
+                    )
+            for begin, end in holes:
+                self._zero(rows[:, begin:end], offset, f"{group.label}, bundle padding")
+
+    def _gap(self, begin: int, end: int) -> None:
+        if self._report.quick:
+            return
+        for offset, data in self._pieces(begin, end - begin, 1, "gap"):
+            self._zero(data, offset, "gap")
+
+    def _zero(self, data: bytes | NDArray[np.uint8], offset: int, field: str) -> None:
+        """Note a fault unless all bytes of what lies at `offset` are zero."""
+        if np.any(np.frombuffer(data, dtype=np.uint8) if isinstance(data, bytes) else data):
+            self._fault(
+                FormatError(
+                    "bytes that must be zero are not",
+                    file=self._file.path,
+                    field=field,
+                    offset=offset,
+                )
+            )
+
+    def _pieces(
+        self, offset: int, length: int, unit: int, field: str
+    ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """(offset, bytes) of the span in pieces of whole units."""
+        step = max(_STEP // unit, 1) * unit
+        for at in range(offset, offset + length, step):
+            count = min(step, offset + length - at)
+            yield at, np.frombuffer(self._file.read(Span(at, count), field), dtype=np.uint8)
+            self._count(count)
+
+    def _fault(self, error: FormatError) -> None:
+        _note_fault(self._report, error)
+
+    def _count(self, nbytes: int) -> None:
+        self._report.checked_bytes += nbytes
+        self._progress(self._report.checked_bytes, self._file.superblock.file_length)
+
+
+def _holes(group: Group) -> list[tuple[int, int]]:
+    """The ranges of a bundle that no part uses."""
+    bounds = [0]
+    for part in group.bundled:
+        offset = part.offset or 0
+        bounds += [offset, offset + part.length]
+    bounds.append(group.stride)
+    return [(begin, end) for begin, end in list(pairwise(bounds))[::2] if begin < end]

@@ -1,0 +1,117 @@
+"""Regions appended to a file, and the superblocks that bring them into force (spec, section 3)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import xxhash
+import zstandard
+from numpy.typing import NDArray
+
+from bundlefmt.errors import WriteError
+from bundlefmt.layout import header as headers
+from bundlefmt.layout.arithmetic import round_up
+from bundlefmt.layout.constants import SLOT_OFFSETS
+from bundlefmt.layout.header import Header, Region, Span
+from bundlefmt.layout.superblock import Superblock
+
+Chunks = Callable[[], Iterable[Any]]  # called anew for each pass; yields buffers
+
+_ZSTD_LEVEL = 3
+
+
+class RegionWriter:
+    """Appends regions at aligned offsets of an open file, from `end` on.
+
+    What lies between regions is left unwritten: the file must hold nothing beyond `end`, so that
+    gaps read as zero.
+    """
+
+    def __init__(self, fd: int, alignment: int, end: int) -> None:
+        self.alignment = alignment
+        self.end = end
+        self._fd = fd
+
+    def region(self, chunks: Chunks, *, zstd: bool = False) -> Region:
+        """Append the chunks as one region; with `zstd`, compressed where that saves bytes."""
+        start = round_up(self.end, self.alignment)
+        length, digest = self._write(start, chunks())
+        if zstd and length:
+            # Compressed bytes take the place of the raw ones only if they are fewer.
+            packed_length, packed_digest = self._write(start, _compressed(chunks()), limit=length)
+            if packed_length < length:
+                os.ftruncate(self._fd, start + packed_length)
+                self.end = start + packed_length
+                return Region(start, packed_length, packed_digest, "zstd", length)
+            self._write(start, chunks())
+            os.ftruncate(self._fd, start + length)
+        self.end = start + length
+        return Region(start, length, digest)
+
+    def bundles(self, chunks: Iterable[NDArray[np.uint8]]) -> tuple[Span, Region]:
+        """Append bundles, uint8 [n, stride] at a time, then their checksum table."""
+        start = self.end = round_up(self.end, self.alignment)
+        digests: list[int] = []
+        for chunk in chunks:
+            self._pwrite(np.ascontiguousarray(chunk), self.end)
+            digests += map(xxhash.xxh3_64_intdigest, chunk)
+            self.end += chunk.nbytes
+        table = np.array(digests, dtype="<u8")
+        return Span(start, self.end - start), self.region(lambda: [table])
+
+    def header(self, header: Header, generation: int, file_id: bytes) -> Superblock:
+        """Append the header and the padding of the file's end; returns the superblock that will
+        bring it into force."""
+        data = headers.encode(header)
+        region = self.region(lambda: [data])
+        length = round_up(self.end, self.alignment)
+        os.ftruncate(self._fd, length)
+        return Superblock(
+            alignment=self.alignment,
+            generation=generation,
+            file_length=length,
+            header_offset=region.offset,
+            header_length=region.length,
+            header_xxh3=int(region.xxh3, 16),
+            file_id=file_id,
+        )
+
+    def superblock(self, superblock: Superblock, slots: Iterable[int]) -> None:
+        """Write a superblock into the slots of those indices."""
+        for index in slots:
+            self._pwrite(superblock.encode(), SLOT_OFFSETS[index])
+
+    def _write(
+        self, offset: int, chunks: Iterable[Any], limit: int | None = None
+    ) -> tuple[int, str]:
+        """Write the chunks from `offset` on, stopping once `limit` bytes are reached; returns
+        length and xxh3-64."""
+        digest = xxhash.xxh3_64()
+        length = 0
+        for chunk in chunks:
+            digest.update(chunk)
+            self._pwrite(chunk, offset + length)
+            length += memoryview(chunk).nbytes
+            if limit is not None and length >= limit:
+                break
+        return length, digest.hexdigest()
+
+    def _pwrite(self, data: Any, offset: int) -> None:
+        view = memoryview(data).cast("B")
+        while view:
+            count = os.pwrite(self._fd, view, offset)
+            if count == 0:
+                raise WriteError("the device takes no more bytes", offset=offset)
+            view = view[count:]
+            offset += count
+
+
+def _compressed(chunks: Iterable[Any]) -> Iterator[bytes]:
+    compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compressobj()
+    for chunk in chunks:
+        if step := compressor.compress(chunk):
+            yield step
+    yield compressor.flush()

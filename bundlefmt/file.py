@@ -1,0 +1,290 @@
+"""An open bundle file: its header, its small tables, its resident tensors and blobs."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, NoReturn
+
+import numpy as np
+import xxhash
+import zstandard
+from numpy.typing import NDArray
+
+from bundlefmt.errors import BundleError, FormatError, ReadError, UsageError
+from bundlefmt.layout import dtypes, structure, superblock
+from bundlefmt.layout.constants import DATA_OFFSET
+from bundlefmt.layout.header import Group, Header, Region, Span, Tensor
+from bundlefmt.layout.header import decode as decode_header
+from bundlefmt.layout.order import is_permutation
+from bundlefmt.layout.superblock import Superblock
+from bundlefmt.reader import Reader
+from bundlefmt.storage.backends import DEFAULT_THREADS, open_backend
+
+_ZSTD_STEP = 1 << 20
+
+
+class BundleFile:
+    """A bundle file, open for reading; a context manager.
+
+    `header`, `superblock` are what the file declares, checked; `groups` its groups; `config` the
+    model's config.json as a dict ({} when there is none). Raises UsageError when `path` is not a
+    file, FormatError when it is not a valid bundle file. Bulk data is checked when it is read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._fd = _open_regular(self.path)
+        try:
+            with naming(self.path):
+                self.superblock, self.header = self._read_header()
+                structure.check(self.superblock, self.header)
+        except BaseException:
+            self.close()
+            raise
+        self._groups = {(group.layer, group.expert): group for group in self.header.groups}
+        self._tensors = {tensor.name: tensor for tensor in self.header.tensors}
+        self._blobs = {blob.name: blob for blob in self.header.blobs}
+
+    def __enter__(self) -> BundleFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file. May be called twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    @property
+    def groups(self) -> list[Group]:
+        """The groups, in the header's order."""
+        return self.header.groups
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """The model's config.json; {} when the file carries none."""
+        if "config.json" not in self._blobs:
+            return {}
+        try:
+            config = json.loads(self.blob("config.json"))
+        except (ValueError, RecursionError) as error:
+            self._refuse(f"not JSON: {error}", field="config.json")
+        if not isinstance(config, dict):
+            self._refuse("not a JSON object", field="config.json")
+        return config
+
+    def group(self, layer: int, expert: int | None = None) -> Group:
+        """The group of that layer (and expert). Raises UsageError when there is none."""
+        try:
+            return self._groups[layer, expert]
+        except KeyError:
+            known = sorted({group.layer for group in self.groups})
+            raise UsageError(
+                "no such group",
+                file=self.path,
+                field="layer" if expert is None else "layer, expert",
+                expected=f"a layer in {known[0]}..{known[-1]}" if known else "a file with groups",
+                found=layer if expert is None else f"{layer}, {expert}",
+            ) from None
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """Names of the resident tensors, in the header's order."""
+        return list(self._tensors)
+
+    def tensor_entry(self, name: str) -> Tensor:
+        """The header's entry of a resident tensor. Raises UsageError when there is none."""
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise UsageError("no such resident tensor", file=self.path, field=name) from None
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        """A resident tensor in its own dtype and shape, checked against its checksum.
+
+        Raises UsageError for a name that is not there and for a dtype that NumPy has no type for,
+        FormatError for a wrong checksum.
+        """
+        entry = self.tensor_entry(name)
+        dtype = dtypes.DTYPES[entry.dtype][1]
+        if dtype is None:
+            raise UsageError(
+                f"dtype {entry.dtype} has no NumPy type: tensor_bytes() gives it as it lies",
+                file=self.path,
+                field=name,
+            )
+        return np.frombuffer(self.tensor_bytes(name), dtype=dtype).reshape(entry.shape)
+
+    def tensor_bytes(self, name: str) -> bytearray:
+        """A resident tensor's bytes, decoded from its codec, checked."""
+        return self.region(self.tensor_entry(name).data, name)
+
+    @property
+    def blob_names(self) -> list[str]:
+        """Names of the blobs, in the header's order."""
+        return list(self._blobs)
+
+    def blob(self, name: str) -> bytes:
+        """A carried file's bytes, checked. Raises UsageError for a name that is not there."""
+        if name not in self._blobs:
+            raise UsageError("no such blob", file=self.path, field=name)
+        return bytes(self.region(self._blobs[name].data, name))
+
+    def resident_part(self, group: Group, name: str) -> NDArray[np.uint8]:
+        """A part that lies outside the bundles: uint8 [neurons, part length], by neuron."""
+        part = group.part(name)
+        if part is None or part.resident is None:
+            raise UsageError(
+                "no such resident part", file=self.path, field=f"{group.label}, {name}"
+            )
+        data = self.region(part.resident, f"{group.label}, {name}")
+        return np.frombuffer(data, dtype=np.uint8).reshape(group.neurons, part.length)
+
+    def checksums(self, group: Group) -> NDArray[np.uint64]:
+        """The group's table: xxh3-64 of each bundle over its stride, by slot of the region."""
+        data = self.region(group.checksums, f"{group.label}, checksums")
+        return np.frombuffer(data, dtype="<u8")
+
+    def order(self, group: Group) -> NDArray[np.uint32] | None:
+        """order[j] is the neuron in slot j of the region; None when slot j holds neuron j.
+
+        Raises FormatError when the table is not a permutation.
+        """
+        if group.order is None:
+            return None
+        data = self.region(group.order, f"{group.label}, order")
+        order = np.frombuffer(data, dtype="<u4")
+        if not is_permutation(order):
+            self._refuse("order is not a permutation", field=group.label, span=group.order)
+        return order
+
+    def reader(
+        self, backend: str = "auto", *, verify: bool = True, threads: int = DEFAULT_THREADS
+    ) -> Reader:
+        """A batch reader of this file's bundles. See `Reader`.
+
+        Raises UsageError for an unknown backend, ReadError when the one asked for by name cannot
+        work here.
+        """
+        opened, fallback = open_backend(self.path, backend, threads)
+        return Reader(self, opened, fallback=fallback, verify=verify)
+
+    def region(self, region: Region, field: str) -> bytearray:
+        """A region's bytes, checked against its checksum and decoded from its codec."""
+        data = self.read(region, field)
+        actual = xxhash.xxh3_64_hexdigest(data)
+        if actual != region.xxh3:
+            self._refuse(
+                "data damaged", field=field, span=region, expected=region.xxh3, found=actual
+            )
+        return data if region.codec == "raw" else self._decompress(data, region, field)
+
+    def read(self, span: Span, field: str) -> bytearray:
+        """The bytes of a span, unchecked. Raises ReadError when they cannot all be read."""
+        data = bytearray(span.length)
+        view = memoryview(data)
+        done = 0
+        try:
+            while done < span.length:
+                count = os.preadv(self._fd, [view[done:]], span.offset + done)
+                if count == 0:
+                    raise ReadError(
+                        "file ends early",
+                        file=self.path,
+                        field=field,
+                        offset=span.offset + done,
+                        expected=f"{span.length - done} more bytes",
+                    )
+                done += count
+        except OSError as error:
+            raise ReadError(
+                f"read failed: {error.strerror}", file=self.path, field=field, offset=span.offset
+            ) from error
+        return data
+
+    def _read_header(self) -> tuple[Superblock, Header]:
+        size = os.fstat(self._fd).st_size
+        _, chosen = superblock.choose(
+            bytes(self.read(Span(0, min(size, DATA_OFFSET)), "superblock"))
+        )
+        if size < chosen.file_length:
+            raise FormatError(
+                "file cut short",
+                field="superblock.file_length",
+                expected=f"{chosen.file_length} bytes",
+                found=size,
+            )
+        data = bytes(self.read(Span(chosen.header_offset, chosen.header_length), "header"))
+        actual = xxhash.xxh3_64_intdigest(data)
+        if actual != chosen.header_xxh3:
+            raise FormatError(
+                "header damaged",
+                field="header",
+                offset=chosen.header_offset,
+                expected=f"{chosen.header_xxh3:016x}",
+                found=f"{actual:016x}",
+            )
+        return chosen, decode_header(data)
+
+    def _decompress(self, data: bytearray, region: Region, field: str) -> bytearray:
+        """zstd frames decoded step by step: memory follows the bytes that really come, and never
+        passes the declared length."""
+        declared = region.decoded_length or 0
+        decoded = bytearray()
+        try:
+            with zstandard.ZstdDecompressor().stream_reader(bytes(data)) as stream:
+                while len(decoded) <= declared and (step := stream.read(_ZSTD_STEP)):
+                    decoded += step
+        except zstandard.ZstdError as error:
+            self._refuse(f"zstd: {error}", field=field, span=region)
+        if len(decoded) != declared:
+            self._refuse(
+                "decodes to another length",
+                field=field,
+                span=region,
+                expected=f"{declared} bytes",
+                found="more" if len(decoded) > declared else len(decoded),
+            )
+        return decoded
+
+    def _refuse(
+        self, what: str, *, field: str, span: Span | None = None, **compared: Any
+    ) -> NoReturn:
+        raise FormatError(
+            what, file=self.path, field=field, offset=span.offset if span else None, **compared
+        )
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Give errors that pass through the name of the file that they are about."""
+    try:
+        yield
+    except BundleError as error:
+        if error.file is None:
+            error.file = path
+        raise
+
+
+def _open_regular(path: str) -> int:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise UsageError(f"cannot open: {error.strerror}", file=path) from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise UsageError("not a regular file", file=path)
+    return fd

@@ -1,0 +1,251 @@
+"""What a header must hold to beyond its types (spec, sections 4 and 5).
+
+`faults` checks a header against its superblock alone, in Python integers, before anything that
+the header describes is read: a header that passes describes a file whose every region lies inside
+the file, alone, at the right length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+from bundlefmt.errors import FormatError, UsageError
+from bundlefmt.layout import dtypes
+from bundlefmt.layout.constants import (
+    CHECKSUM_BYTES,
+    DATA_OFFSET,
+    MAX_NAME_LENGTH,
+    ORDER_BYTES,
+    PARTS,
+    STRIDE_ALIGNMENTS,
+)
+from bundlefmt.layout.encodings import ENCODINGS
+from bundlefmt.layout.header import Group, Header, Part, Region, Span
+from bundlefmt.layout.superblock import Superblock
+
+
+class Extent(NamedTuple):
+    """A span of the file with the header field that declares it. `table` says whether it is one
+    of the small tables (checksums, orders) that a reader needs whole."""
+
+    field: str
+    span: Span
+    group: Group | None = None
+    table: bool = False
+
+
+def extents(header: Header) -> Iterator[Extent]:
+    """Every span that the header declares, in the header's order."""
+    for i, group in enumerate(header.groups):
+        field = f"groups[{i}]"
+        yield Extent(f"{field}.bundles", group.bundles, group)
+        yield Extent(f"{field}.checksums", group.checksums, table=True)
+        if group.order is not None:
+            yield Extent(f"{field}.order", group.order, group, table=True)
+        for j, part in enumerate(group.parts):
+            if part.resident is not None:
+                yield Extent(f"{field}.parts[{j}].resident", part.resident)
+    for i, tensor in enumerate(header.tensors):
+        yield Extent(f"tensors[{i}].data", tensor.data)
+    for i, blob in enumerate(header.blobs):
+        yield Extent(f"blobs[{i}].data", blob.data)
+    for i, source in enumerate(header.sources):
+        yield Extent(f"sources[{i}].header", source.header)
+    for i, region in enumerate(header.retired):
+        yield Extent(f"retired[{i}]", region)
+
+
+def check(superblock: Superblock, header: Header) -> None:
+    """Raise the first of `faults`."""
+    for fault in faults(superblock, header):
+        raise fault
+
+
+def faults(superblock: Superblock, header: Header) -> Iterator[FormatError]:
+    """Every rule that the header breaks, as FormatErrors."""
+    yield from _group_faults(header)
+    yield from _tensor_faults(header)
+    yield from _name_faults(header)
+    yield from _predictor_faults(header)
+    yield from _region_faults(superblock, header)
+
+
+def _wrong(what: str, field: str, expected: object, found: object) -> FormatError:
+    return FormatError(what, field=f"header.{field}", expected=expected, found=found)
+
+
+def _group_faults(header: Header) -> Iterator[FormatError]:
+    seen: set[tuple[int, int | None]] = set()
+    dense = {group.layer for group in header.groups if group.expert is None}
+    for i, group in enumerate(header.groups):
+        field = f"groups[{i}]"
+        if (group.layer, group.expert) in seen or (
+            group.expert is not None and group.layer in dense
+        ):
+            yield _wrong("two groups for one FFN", field, "one group", group.label)
+        seen.add((group.layer, group.expert))
+        if group.stride_alignment not in STRIDE_ALIGNMENTS:
+            yield _wrong(
+                "stride alignment not allowed",
+                f"{field}.stride_alignment",
+                f"a power of two in {STRIDE_ALIGNMENTS[0]}..{STRIDE_ALIGNMENTS[-1]}",
+                group.stride_alignment,
+            )
+        elif group.stride % group.stride_alignment:
+            yield _wrong(
+                "stride is not aligned",
+                f"{field}.stride",
+                f"a multiple of {group.stride_alignment}",
+                group.stride,
+            )
+        yield from _part_faults(field, group)
+        lengths = [
+            ("bundles", group.bundles, group.neurons * group.stride),
+            ("checksums", group.checksums, group.neurons * CHECKSUM_BYTES),
+        ]
+        if group.order is not None:
+            lengths.append(("order", group.order, group.neurons * ORDER_BYTES))
+        lengths += [
+            (f"parts[{j}].resident", part.resident, group.neurons * part.length)
+            for j, part in enumerate(group.parts)
+            if part.resident is not None
+        ]
+        for name, span, expected in lengths:
+            if span.length != expected:
+                yield _wrong("wrong length", f"{field}.{name}.length", expected, span.length)
+            if isinstance(span, Region) and span.codec != "raw":
+                yield _wrong("codec not allowed here", f"{field}.{name}.codec", "raw", span.codec)
+
+
+def _part_faults(field: str, group: Group) -> Iterator[FormatError]:
+    names = [part.name for part in group.parts]
+    if names != [name for name in PARTS if name in names]:
+        yield _wrong("parts out of order or twice", f"{field}.parts", "gate, up, down", names)
+    end = 0
+    for j, part in enumerate(group.parts):
+        yield from _part_length_faults(f"{field}.parts[{j}]", part, group.d_model)
+        if (part.offset is None) == (part.resident is None):
+            yield _wrong(
+                "a part is either in the bundle or resident",
+                f"{field}.parts[{j}]",
+                "one of offset and resident",
+                "both" if part.resident else "neither",
+            )
+        elif part.offset is not None:
+            alignment = ENCODINGS[part.encoding].alignment
+            if part.offset < end or part.offset % alignment:
+                yield _wrong(
+                    "part out of place",
+                    f"{field}.parts[{j}].offset",
+                    f"a multiple of {alignment}, at least {end}",
+                    part.offset,
+                )
+            end = part.offset + part.length
+    if not 0 < end <= group.stride:
+        yield _wrong(
+            "the parts do not fill a bundle", f"{field}.stride", f"1..{group.stride} bytes", end
+        )
+
+
+def _part_length_faults(field: str, part: Part, d_model: int) -> Iterator[FormatError]:
+    try:
+        length = ENCODINGS[part.encoding].nbytes(d_model)
+    except UsageError as error:
+        yield _wrong(error.what, f"{field}.encoding", error.expected, error.found)
+    else:
+        if part.length != length:
+            yield _wrong("wrong length", f"{field}.length", length, part.length)
+
+
+def _tensor_faults(header: Header) -> Iterator[FormatError]:
+    names: set[str] = set()
+    for i, tensor in enumerate(header.tensors):
+        field = f"tensors[{i}]"
+        if tensor.name in names:
+            yield _wrong("two tensors of one name", f"{field}.name", "one", tensor.name)
+        names.add(tensor.name)
+        if tensor.dtype not in dtypes.DTYPES:
+            known = ", ".join(dtypes.DTYPES)
+            yield _wrong("unknown dtype", f"{field}.dtype", f"one of {known}", tensor.dtype)
+            continue
+        expected = dtypes.nbytes(tensor.dtype, tensor.shape)
+        region = tensor.data
+        decoded = region.length if region.codec == "raw" else region.decoded_length
+        if decoded != expected:
+            yield _wrong("wrong length", f"{field}.data", f"{expected} bytes", decoded)
+
+
+def _name_faults(header: Header) -> Iterator[FormatError]:
+    seen: set[str] = set()
+    named = [(f"blobs[{i}].name", blob.name) for i, blob in enumerate(header.blobs)]
+    named += [(f"sources[{i}].name", source.name) for i, source in enumerate(header.sources)]
+    for field, name in named:
+        if (
+            name in (".", "..")
+            or any(c in name for c in "/\\\0")
+            or (len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_LENGTH)
+        ):
+            yield _wrong("not a plain file name", field, "no path, no NUL", repr(name))
+        if name in seen:
+            yield _wrong("two files of one name", field, "one", repr(name))
+        seen.add(name)
+
+
+def _predictor_faults(header: Header) -> Iterator[FormatError]:
+    groups = {(group.layer, group.expert): group for group in header.groups}
+    shapes = {tensor.name: list(tensor.shape) for tensor in header.tensors}
+    for i, predictor in enumerate(header.predictors):
+        field = f"predictors[{i}]"
+        group = groups.get((predictor.layer, predictor.expert))
+        if group is None:
+            yield _wrong("no such group", field, "a group of the file", predictor.layer)
+            continue
+        a, b = shapes.get(predictor.a, []), shapes.get(predictor.b, [])
+        if len(a) != 2 or len(b) != 2 or [b[0], b[1], a[1]] != [group.neurons, a[0], group.d_model]:
+            yield _wrong(
+                "predictor of the wrong shape",
+                field,
+                f"tensors a [rank, {group.d_model}] and b [{group.neurons}, rank]",
+                f"{a} and {b}",
+            )
+
+
+def _region_faults(superblock: Superblock, header: Header) -> Iterator[FormatError]:
+    placed: list[Extent] = []
+    for extent in extents(header):
+        span, field = extent.span, extent.field
+        if span.offset % superblock.alignment or span.offset < DATA_OFFSET:
+            yield _wrong(
+                "region out of place",
+                f"{field}.offset",
+                f"a multiple of {superblock.alignment}, at least {DATA_OFFSET}",
+                span.offset,
+            )
+        if span.offset + span.length > superblock.header_offset:
+            yield _wrong(
+                "region past the end of the data",
+                field,
+                f"at most byte {superblock.header_offset}",
+                span.offset + span.length,
+            )
+        if isinstance(span, Region) and (span.codec == "raw") != (span.decoded_length is None):
+            yield _wrong(
+                "decoded_length goes with a codec",
+                f"{field}.decoded_length",
+                "none" if span.codec == "raw" else "a length",
+                span.decoded_length,
+            )
+        if span.length:
+            placed.append(extent)
+    placed.sort(key=lambda extent: extent.span.offset)
+    for before, after in pairwise(placed):
+        end = before.span.offset + before.span.length
+        if after.span.offset < end:
+            yield _wrong(
+                f"region overlaps {before.field}",
+                f"{after.field}.offset",
+                f"at least {end}",
+                after.span.offset,
+            )

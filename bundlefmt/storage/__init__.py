@@ -1,0 +1,4 @@
+"""The operating system: devices, aligned memory, read backends, whole-file writes.
+
+Knows offsets and buffers; knows nothing of neurons or models.
+"""

@@ -1,0 +1,84 @@
+"""Files that appear whole or not at all.
+
+Strategy: write under a temporary name in the same folder, fsync, rename, fsync the folder. The
+temporary file stays locked while its writer lives, so that whoever comes next can tell a dead
+writer's leavings from a living writer's work, and removes only the former.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from bundlefmt.errors import UsageError, WriteError
+
+_SUFFIX = ".partial"
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[BinaryIO]:
+    """A writable, seekable, unbuffered file that takes the name `path` when the block ends well.
+
+    When the block raises, nothing is left. Raises UsageError when `path` exists and `force` is
+    false or its folder does not exist, WriteError when the device refuses (a full disk).
+    """
+    target = Path(path)
+    refuse_existing(target, force=force)
+    _remove_leavings(target)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}{_SUFFIX}")
+    try:
+        with temporary.open("xb", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield file
+            os.fsync(file.fileno())
+            temporary.replace(target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise WriteError(f"cannot write: {error.strerror}", file=target) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def refuse_existing(target: Path, *, force: bool) -> None:
+    """Raise UsageError unless `target` may be written: its folder is there, and it is not."""
+    if not target.parent.is_dir():
+        raise UsageError("no such folder", file=target.parent)
+    if target.is_dir():
+        raise UsageError("is a folder", file=target, expected="a file's name")
+    if target.exists() and not force:
+        raise UsageError("already there: --force (force=True) replaces it", file=target)
+
+
+def require_free_space(folder: Path, needed: int) -> None:
+    """Raise WriteError when the file system of `folder` has fewer than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise WriteError(
+            "not enough free space", file=folder, expected=f"{needed:,} bytes", found=f"{free:,}"
+        )
+
+
+def _remove_leavings(target: Path) -> None:
+    """Unlink the temporary files that dead writers of `target` left behind."""
+    for path in target.parent.glob(f".{_escape(target.name)}.*{_SUFFIX}"):
+        with suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def _escape(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
