@@ -59,9 +59,7 @@ def unpack(
     start = time.perf_counter()
     target = Path(folder)
     with BundleFile(path) as file, ExitStack() as stack, naming(path):
-        outputs = [
-            _Output(file, name.name, index) for index, name in enumerate(file.header.sources)
-        ]
+        outputs = [_Output(file, source) for source in file.header.sources]
         blobs = {name: file.blob(name) for name in file.blob_names}
         sizes = [output.nbytes for output in outputs] + [len(data) for data in blobs.values()]
         try:

@@ -1,0 +1,7 @@
+"""python -m bundlefmt"""
+
+import sys
+
+from bundlefmt.cli import main
+
+sys.exit(main())

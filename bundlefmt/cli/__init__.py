@@ -1,0 +1,51 @@
+"""The command line: one small module per command, imported when it is asked for.
+
+Exit status: 0 done, 1 the file's or the device's fault, 2 the caller's. Errors are one line on
+standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from bundlefmt import __version__
+from bundlefmt.errors import BundleError, UsageError
+
+COMMANDS = ("pack", "inspect", "verify", "unpack", "run", "demo", "bench", "doctor")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+    except BundleError as error:
+        print(f"bundlefmt {args.command}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except BrokenPipeError:  # whoever read our output has gone: nothing is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print(f"bundlefmt {args.command}: interrupted", file=sys.stderr)
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bundlefmt",
+        description="Run language models larger than memory, neuron by neuron from flash.",
+    )
+    parser.add_argument("--version", action="version", version=f"bundlefmt {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        module = importlib.import_module(f"bundlefmt.cli.{name}")
+        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser

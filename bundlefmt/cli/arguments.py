@@ -1,0 +1,43 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+BACKENDS = ("auto", "direct", "buffered", "mmap")
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """`4096`, `4K`, `1.5GiB` -> bytes; units are powers of 1024."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 4096, 16K or 1GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_sizes(text: str) -> list[int]:
+    """`4K,16K,64K` -> bytes."""
+    return [parse_size(item) for item in text.split(",")]
+
+
+def parse_counts(text: str) -> list[int]:
+    """`1,8,32` -> integers."""
+    try:
+        return [int(item) for item in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 1,8,32") from None
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """`--json`"""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """`--no-verify`, as every command that reads bundles takes it."""
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not check each bundle against its checksum"
+    )

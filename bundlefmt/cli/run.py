@@ -1,0 +1,80 @@
+"""bundlefmt run: text from a bundle file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+
+from bundlefmt.cli import arguments, output
+
+HELP = "generate text, with the FFN read from flash"
+MODES = ("dense", "exact")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own arguments."""
+    parser.add_argument("model", help="a bundle file")
+    parser.add_argument("--prompt", required=True, help="the text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument(
+        "--mode",
+        default="dense",
+        choices=MODES,
+        help="dense reads every neuron; exact, for ReLU-like models, only the active ones",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling")
+    parser.add_argument("--seed", type=int, help="of the sampling")
+    parser.add_argument("--backend", default="auto", choices=arguments.BACKENDS)
+    parser.add_argument("--threads", type=int, default=32, help="reading threads")
+    arguments.add_reading(parser)
+    arguments.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate, printing the text as it comes and then how it went."""
+    from bundlefmt.runtime.run import run as generate
+
+    def show(piece: str) -> None:
+        if not args.json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
+    show(args.prompt)
+    report = generate(
+        args.model,
+        args.prompt,
+        args.max_new_tokens,
+        mode=args.mode,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        backend=args.backend,
+        verify=not args.no_verify,
+        threads=args.threads,
+        on_text=show,
+    )
+    if args.json:
+        output.print_json(asdict(report))
+        return 0
+    print("\n")
+    fallback = f" ({report.fallback})" if report.fallback else ""
+    output.print_fields(
+        [
+            ("mode, backend", f"{report.mode}, {report.backend}{fallback}"),
+            ("tokens/s", f"{report.tokens_per_second:.1f}"),
+            (
+                "read per token",
+                f"{output.size(report.bytes_read_per_token)} in "
+                f"{report.requests_per_token:.0f} requests, of {output.size(report.ffn_bytes)} "
+                "of FFN",
+            ),
+            ("read amplification", f"{report.read_amplification:.2f}"),
+            ("I/O, compute", f"{report.io_seconds:.2f} s, {report.compute_seconds:.2f} s"),
+            ("peak memory", output.size(report.peak_memory)),
+        ]
+    )
+    return 0

@@ -1,0 +1,63 @@
+"""What this machine offers to bundlefmt."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bundlefmt.errors import BundleError, UsageError
+from bundlefmt.storage import device
+from bundlefmt.storage.backends import BACKENDS, open_backend
+
+
+def doctor(folder: str | os.PathLike[str] = ".") -> dict[str, Any]:
+    """Direct I/O and its alignment on `folder`'s file system (tried on a temporary file), read
+    backends, CPU features, memory; sizes in bytes. Raises UsageError when the folder cannot be
+    written to."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".bundlefmt-doctor-") as file:
+            file.write(bytes(device.SAFE_ALIGNMENT))
+            file.flush()
+            os.fsync(file.fileno())
+            direct = device.probe_direct(file.name)
+            backends = {name: _try_backend(name, file.name) for name in BACKENDS}
+            backend, fallback = open_backend(file.name, threads=1)
+            backend.close()
+    except OSError as error:
+        raise UsageError(f"cannot make a file: {error.strerror}", file=folder) from error
+    return {
+        "bundlefmt": version("bundlefmt"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+        "core": "python",
+        "folder": str(Path(folder).resolve()),
+        "direct_io": {
+            "works": direct.refusal is None,
+            "refusal": direct.refusal,
+            "memory_alignment": direct.memory_alignment,
+            "offset_alignment": direct.offset_alignment,
+            "alignment_source": direct.source,
+        },
+        "backends": backends,
+        "auto": {"backend": backend.name, "fallback": fallback},
+        "cpus": len(os.sched_getaffinity(0)),
+        "cpu_features": device.cpu_features(),
+        "memory": {
+            "total": device.total_memory(),
+            "available": device.available_memory(),
+            "limit": device.memory_limit(),
+        },
+    }
+
+
+def _try_backend(name: str, path: str) -> str:
+    """`ok`, or why the backend cannot read the file."""
+    try:
+        open_backend(path, name, threads=1)[0].close()
+    except BundleError as error:
+        return error.what
+    return "ok"

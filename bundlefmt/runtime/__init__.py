@@ -1,0 +1,1 @@
+"""The thin inference loop: config, kernels, attention, ffn, decoder, generate."""

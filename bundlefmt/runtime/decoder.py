@@ -1,0 +1,101 @@
+"""The decoder: embeddings, layers, logits. One flat path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from bundlefmt.errors import UsageError
+from bundlefmt.file import BundleFile
+from bundlefmt.runtime import kernels
+from bundlefmt.runtime.attention import AttentionLayer, LayerCache
+from bundlefmt.runtime.config import DecoderConfig
+from bundlefmt.runtime.ffn import FfnLayer, Streamer
+from bundlefmt.runtime.kernels import Floats
+from bundlefmt.runtime.weights import Norm, Weights
+
+
+class Layer(NamedTuple):
+    """One layer of the decoder."""
+
+    attention_norm: Norm
+    attention: AttentionLayer
+    ffn_norm: Norm
+    ffn: FfnLayer
+
+
+class Decoder:
+    """A decoder-only model whose FFN is streamed from its bundle file.
+
+    Raises UsageError when the model is not one that this runtime computes, FormatError when
+    tensors are missing from the file.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, file: BundleFile, streamer: Streamer, mode: str
+    ) -> None:
+        self.config = config
+        weights = Weights(file, config)
+        self._embed = weights.matrix("embed")
+        self._positions = weights.optional_matrix("positions")
+        self._project_in = weights.optional_linear("project_in")
+        self._project_out = weights.optional_linear("project_out")
+        self._norm = weights.optional_norm("norm")
+        head = weights.optional_matrix("head")
+        self._head = self._embed if head is None else head
+        self._layers = [
+            Layer(
+                weights.norm("attention_norm", i),
+                AttentionLayer(config, weights, i),
+                weights.norm("ffn_norm", i),
+                FfnLayer(file, file.group(i), streamer, mode),
+            )
+            for i in range(len(config.layers))
+        ]
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids there are."""
+        return int(self._embed.shape[0])
+
+    def new_cache(self) -> list[LayerCache]:
+        """An empty key/value cache."""
+        return [layer.attention.new_cache() for layer in self._layers]
+
+    def forward(self, ids: Sequence[int], cache: list[LayerCache]) -> Floats:
+        """Hidden states float32 [tokens, width of the head] of tokens that follow the cache."""
+        x = kernels.widened(self._embed[self._check(ids, cache[0].length)])
+        if self._project_in is not None:
+            x = self._project_in(x)
+        if self._positions is not None and self.config.position_offset is not None:
+            start = cache[0].length + self.config.position_offset
+            x = x + kernels.widened(self._positions[start : start + len(ids)])
+        first = self.config.norm_first
+        for layer, seen in zip(self._layers, cache, strict=True):
+            x = x + layer.attention(layer.attention_norm(x) if first else x, seen)
+            x = x if first else layer.attention_norm(x)
+            x = x + layer.ffn(layer.ffn_norm(x) if first else x)
+            x = x if first else layer.ffn_norm(x)
+        if self._norm is not None:
+            x = self._norm(x)
+        return x if self._project_out is None else self._project_out(x)
+
+    def logits(self, hidden: Floats) -> Floats:
+        """Hidden states [tokens, width] -> float32 [tokens, vocabulary]."""
+        return kernels.matmul(hidden, self._head)
+
+    def _check(self, ids: Sequence[int], before: int) -> list[int]:
+        if not ids:
+            raise UsageError("no tokens", field="ids", expected="one or more")
+        wrong = [token for token in ids if not 0 <= token < self.vocabulary]
+        if wrong:
+            raise UsageError(
+                "no such token", field="ids", expected=f"0..{self.vocabulary - 1}", found=wrong[0]
+            )
+        if self.config.context is not None and before + len(ids) > self.config.context:
+            raise UsageError(
+                "more tokens than the model's context",
+                expected=f"at most {self.config.context}",
+                found=before + len(ids),
+            )
+        return list(ids)

@@ -1,0 +1,163 @@
+"""The FFN from flash: bundles are read while those that came before are computed.
+
+y = sum over neurons i of  down_i * act(gate_i . x) * (up_i . x)     with a gate
+                           down_i * act(up_i . x)                    without
+
+The selector is the part that the activation is applied to: `gate`, or `up` without a gate. In
+mode `exact` it is held in DRAM and says which neurons are active; only their bundles are read,
+and of those only what is not in DRAM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bundlefmt.errors import FormatError, UsageError
+from bundlefmt.file import BundleFile
+from bundlefmt.layout.encodings import numbers_in
+from bundlefmt.layout.header import Group, Part
+from bundlefmt.reader import Bundles, Reader
+from bundlefmt.runtime import kernels
+from bundlefmt.runtime.kernels import Floats
+from bundlefmt.storage.buffers import aligned_empty
+
+MODES = ("dense", "exact")
+
+Ids = NDArray[np.int64]
+
+# Bytes of bundles in flight, and as many being computed. Large enough for several reads per
+# thread; small beside any model.
+CHUNK_BYTES = 8 << 20
+
+
+class Streamer:
+    """Streams bundles through two buffers: one is filled while the other is used."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self._buffers = [aligned_empty(CHUNK_BYTES) for _ in range(2)]
+
+    def bundles(
+        self, group: Group, ids: Ids, known: NDArray[np.uint8] | None = None
+    ) -> Iterator[Bundles]:
+        """The bundles of `ids`, in that order, some at a time; each piece is good until the next
+        but one is asked for. `known` as in `Reader.read`."""
+        step = max(CHUNK_BYTES // group.stride, 1)
+        pending = []
+        for turn, start in enumerate(range(0, ids.size, step)):
+            piece = ids[start : start + step]
+            out = self._buffer(turn % 2, piece.size, group.stride)
+            pending.append(
+                self.reader.submit(group.layer, piece, expert=group.expert, out=out, known=known)
+            )
+            if turn:
+                yield pending.pop(0).result()
+        for last in pending:
+            yield last.result()
+
+    def _buffer(self, index: int, count: int, stride: int) -> NDArray[np.uint8]:
+        if count * stride > self._buffers[index].nbytes:  # one bundle larger than the buffer
+            self._buffers[index] = aligned_empty(count * stride)
+        return self._buffers[index][: count * stride].reshape(count, stride)
+
+
+class FfnLayer:
+    """One layer's FFN, computed from the bundle file."""
+
+    def __init__(self, file: BundleFile, group: Group, streamer: Streamer, mode: str) -> None:
+        self.group = group
+        self._streamer = streamer
+        self._act = kernels.activation(group)
+        order = file.order(group)
+        self._all: Ids = np.arange(group.neurons) if order is None else order.astype(np.int64)
+        self._biases = {part.name: _bias(file, group, part) for part in group.parts}
+        self._resident = {
+            part.name: file.resident_part(group, part.name)
+            for part in group.parts
+            if part.resident is not None
+        }
+        self._selector = group.parts[0]
+        self._select = mode == "exact"
+        self._known: NDArray[np.uint8] | None = None
+        if self._select:
+            self._hold_selector()
+
+    def __call__(self, x: Floats) -> Floats:
+        """x [tokens, d_model] -> float32 [tokens, d_model]."""
+        ids, activations = self._active(x) if self._select else (self._all, None)
+        y = np.zeros((x.shape[0], self.group.d_model), dtype=np.float32)
+        done = 0
+        for bundles in self._streamer.bundles(self.group, ids, self._known):
+            piece = bundles.neurons
+            if activations is None:
+                h = self._act(self._product(self._selector, x, bundles))
+            else:
+                h = activations[:, done : done + piece.size]
+            if self._selector.name == "gate":
+                h = h * self._product(self._part("up"), x, bundles)
+            y += kernels.weighted_sum(h, self._numbers(self._part("down"), bundles))
+            done += piece.size
+        bias = self._biases["down"]
+        return y if bias is None else y + bias
+
+    def _active(self, x: Floats) -> tuple[Ids, Floats]:
+        """The neurons active for any token, in the file's order, and their activations."""
+        selector = self._resident.get(self._selector.name, self._known)
+        if selector is None:
+            raise UsageError("no selector in memory", field=self.group.label)
+        weight = numbers_in(selector, self._selector.encoding)
+        pre = kernels.matmul(x, weight)
+        bias = self._biases[self._selector.name]
+        activations = self._act(pre if bias is None else pre + bias)
+        active: NDArray[np.bool_] = np.any(activations, axis=0)
+        ids = self._all[active[self._all]]
+        return ids, activations[:, ids]
+
+    def _hold_selector(self) -> None:
+        """Take the selector into memory; where it is bundled, from the bundles."""
+        part = self._selector
+        if self.group.activation not in kernels.SPARSE_ACTIVATIONS:
+            raise UsageError(
+                "mode exact needs an activation with exact zeros: use mode dense",
+                field=self.group.label,
+                expected=", ".join(kernels.SPARSE_ACTIVATIONS),
+                found=self.group.activation,
+            )
+        if part.offset is None:
+            return
+        if part.offset:
+            raise FormatError("selector not at the bundle's start", field=self.group.label)
+        self._known = np.empty((self.group.neurons, part.length), dtype=np.uint8)
+        for bundles in self._streamer.bundles(self.group, self._all):
+            self._known[bundles.neurons] = bundles.raw[:, : part.length]
+
+    def _product(self, part: Part, x: Floats, bundles: Bundles) -> Floats:
+        """part . x for each token and neuron, with the part's bias: [tokens, n]."""
+        product = kernels.matmul(x, self._numbers(part, bundles))
+        bias = self._biases[part.name]
+        return product if bias is None else product + bias[bundles.neurons]
+
+    def _numbers(self, part: Part, bundles: Bundles) -> NDArray[np.float32]:
+        if part.offset is None:
+            return numbers_in(self._resident[part.name][bundles.neurons], part.encoding)
+        return bundles.part(part.name)
+
+    def _part(self, name: str) -> Part:
+        part = self.group.part(name)
+        if part is None:
+            raise FormatError("part missing from the group", field=f"{self.group.label}, {name}")
+        return part
+
+
+def _bias(file: BundleFile, group: Group, part: Part) -> Floats | None:
+    """The part's biases: one per neuron (gate, up) or per output (down)."""
+    if part.bias is None:
+        return None
+    bias = kernels.widened(file.tensor(part.bias))
+    if part.name == "down":
+        return bias
+    start = part.source.start if part.source is not None else 0
+    return bias[start : start + group.neurons]

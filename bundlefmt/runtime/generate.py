@@ -1,0 +1,139 @@
+"""A model loaded from a bundle file, and the loop that makes tokens with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bundlefmt.errors import UsageError
+from bundlefmt.file import BundleFile, naming
+from bundlefmt.reader import Reader
+from bundlefmt.runtime import kernels
+from bundlefmt.runtime.config import decoder_config
+from bundlefmt.runtime.decoder import Decoder
+from bundlefmt.runtime.ffn import MODES, Streamer
+from bundlefmt.storage.backends import DEFAULT_THREADS
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: greedily at temperature 0, else from the most likely tokens
+    that make up a share `top_p` of the probability."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise UsageError(
+                "out of range", field="temperature", expected="0 or more", found=self.temperature
+            )
+        if not 0 < self.top_p <= 1:
+            raise UsageError(
+                "out of range", field="top_p", expected="above 0, at most 1", found=self.top_p
+            )
+
+
+class Model:
+    """A language model on a bundle file; a context manager. Made by `load_model`."""
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, mode: str, backend: str, verify: bool, threads: int
+    ) -> None:
+        if mode not in MODES:
+            raise UsageError("unknown mode", field="mode", expected=", ".join(MODES), found=mode)
+        self.mode = mode
+        with ExitStack() as stack, naming(path):
+            self.file = stack.enter_context(BundleFile(path))
+            config = decoder_config(self.file.config)
+            self.reader: Reader = stack.enter_context(
+                self.file.reader(backend, verify=verify, threads=threads)
+            )
+            self.decoder = Decoder(config, self.file, Streamer(self.reader), mode)
+            self._open = stack.pop_all()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file. May be called twice."""
+        self._open.close()
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """float32 [tokens, vocabulary]; nothing is cached between calls."""
+        return self.decoder.logits(self.decoder.forward(ids, self.decoder.new_cache()))
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int = 16,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> list[int]:
+        """The new ids that follow `ids`, up to and with an end-of-text token."""
+        return list(self.tokens(ids, max_new_tokens, Sampling(temperature, top_p, seed)))
+
+    def tokens(
+        self, ids: Sequence[int], max_new_tokens: int, sampling: Sampling | None = None
+    ) -> Iterator[int]:
+        """Like `generate`, one id at a time as they are made."""
+        if max_new_tokens < 0:
+            raise UsageError(
+                "out of range", field="max_new_tokens", expected="0 or more", found=max_new_tokens
+            )
+        sampling = sampling or Sampling()
+        random = np.random.default_rng(sampling.seed)
+        cache = self.decoder.new_cache()
+        context = list(ids)
+        for _ in range(max_new_tokens):
+            hidden = self.decoder.forward(context, cache)
+            token = _choose(self.decoder.logits(hidden[-1:])[0], sampling, random)
+            yield token
+            if token in self.decoder.config.eos:
+                return
+            context = [token]
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    mode: str = "dense",
+    backend: str = "auto",
+    verify: bool = True,
+    threads: int = DEFAULT_THREADS,
+) -> Model:
+    """The model in a bundle file, ready to compute.
+
+    `dense` streams every neuron; `exact`, for ReLU-like activations, reads only bundles whose
+    activation is not zero, and gives the same tokens. Raises UsageError for a model or mode that
+    cannot be computed, FormatError for a damaged file.
+    """
+    return Model(path, mode=mode, backend=backend, verify=verify, threads=threads)
+
+
+def _choose(logits: NDArray[Any], sampling: Sampling, random: np.random.Generator) -> int:
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    shares = kernels.softmax(logits.astype(np.float32) / np.float32(sampling.temperature))
+    best = np.argsort(-shares, kind="stable")
+    kept = best[: int(np.searchsorted(np.cumsum(shares[best]), sampling.top_p)) + 1]
+    weights = shares[kept].astype(np.float64)
+    return int(random.choice(kept, p=weights / weights.sum()))

@@ -1,0 +1,139 @@
+"""The arithmetic, in NumPy: the one place where weights meet activations.
+
+Weights stay in memory as they are stored (f32, f16, bf16); a block of rows at a time is widened
+to float32, so that memory holds a model at its stored size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from bundlefmt.errors import UsageError
+from bundlefmt.layout.header import Group
+
+Floats = NDArray[np.float32]
+ActivationFunction = Callable[[Floats], Floats]
+
+_SQRT_HALF = np.float32(0.7071067811865476)
+_SQRT_2_OVER_PI = np.float32(0.7978845608028654)
+_BLOCK_NUMBERS = 1 << 18  # widened at a time: 1 MiB of float32 stays in the L2 cache
+
+
+def matmul(x: Floats, weight: NDArray[Any]) -> Floats:
+    """x [tokens, n] @ weight.T -> float32 [tokens, m]; weight [m, n] of any stored float type."""
+    if weight.dtype == np.float32:
+        product: Floats = x @ weight.T
+        return product
+    out = np.empty((x.shape[0], weight.shape[0]), dtype=np.float32)
+    step = max(_BLOCK_NUMBERS // weight.shape[1], 1)
+    for start in range(0, weight.shape[0], step):
+        np.matmul(x, widened(weight[start : start + step]).T, out=out[:, start : start + step])
+    return out
+
+
+def weighted_sum(h: Floats, rows: NDArray[Any]) -> Floats:
+    """h [tokens, m] @ rows [m, n] -> float32 [tokens, n]; rows of any stored float type."""
+    if rows.dtype == np.float32:
+        total: Floats = h @ rows
+        return total
+    out = np.zeros((h.shape[0], rows.shape[1]), dtype=np.float32)
+    step = max(_BLOCK_NUMBERS // rows.shape[1], 1)
+    for start in range(0, rows.shape[0], step):
+        out += h[:, start : start + step] @ widened(rows[start : start + step])
+    return out
+
+
+def widened(stored: NDArray[Any]) -> Floats:
+    """Numbers of a stored float type as float32."""
+    if stored.dtype == ml_dtypes.bfloat16:  # a bf16 is the upper half of a float32
+        bits = np.left_shift(stored.view(np.uint16), 16, dtype=np.uint32)
+        return bits.view(np.float32)
+    return stored.astype(np.float32, copy=False)
+
+
+def layer_norm(x: Floats, weight: Floats, bias: Floats, epsilon: float) -> Floats:
+    """LayerNorm over the last axis."""
+    centred: Floats = x - x.mean(axis=-1, keepdims=True)
+    variance: Floats = np.square(centred).mean(axis=-1, keepdims=True)
+    scaled: Floats = centred / np.sqrt(variance + np.float32(epsilon)) * weight
+    return scaled + bias
+
+
+def rms_norm(x: Floats, weight: Floats, epsilon: float) -> Floats:
+    """RMSNorm over the last axis."""
+    mean_square: Floats = np.square(x).mean(axis=-1, keepdims=True)
+    scaled: Floats = x / np.sqrt(mean_square + np.float32(epsilon)) * weight
+    return scaled
+
+
+def softmax(x: Floats) -> Floats:
+    """Softmax over the last axis."""
+    exponentials = np.exp(x - x.max(axis=-1, keepdims=True))
+    normal: Floats = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return normal
+
+
+def activation(group: Group) -> ActivationFunction:
+    """The group's activation function. Raises UsageError for one that is not known here."""
+    if group.activation == "fatrelu":
+        threshold = np.float32(group.activation_threshold or 0.0)
+        return lambda x: np.where(x > threshold, x, np.float32(0))
+    if group.activation not in _ACTIVATIONS:
+        raise UsageError(
+            "activation not known to this runtime",
+            field=group.label,
+            expected=", ".join([*_ACTIVATIONS, "fatrelu"]),
+            found=group.activation,
+        )
+    return _ACTIVATIONS[group.activation]
+
+
+# Activations that are exactly zero for many inputs: their neurons can be skipped without loss.
+SPARSE_ACTIVATIONS = ("relu", "relu2", "fatrelu")
+
+
+def _relu(x: Floats) -> Floats:
+    return np.maximum(x, np.float32(0))
+
+
+def _silu(x: Floats) -> Floats:
+    with np.errstate(over="ignore"):
+        y = x / (1 + np.exp(-x))
+        return np.asarray(y, dtype=np.float32)
+
+
+def _gelu(x: Floats) -> Floats:
+    return np.asarray(0.5 * x * (1 + _erf(x * _SQRT_HALF)), dtype=np.float32)
+
+
+def _gelu_tanh(x: Floats) -> Floats:
+    inner = _SQRT_2_OVER_PI * (x + 0.044715 * x * x * x)
+    return np.asarray(0.5 * x * (1 + np.tanh(inner)), dtype=np.float32)
+
+
+def _erf(x: Floats) -> Floats:
+    """The error function to 1.2e-7 (Numerical Recipes' erfcc, a Chebyshev fit), in float64."""
+    z = np.abs(x.astype(np.float64))
+    t = 1 / (1 + z / 2)
+    series = np.polynomial.polynomial.polyval(
+        t,
+        [-1.26551223, 1.00002368, 0.37409196, 0.09678418, -0.18628806, 0.27886807, -1.13520398,
+         1.48851587, -0.82215223, 0.17087277],
+    )  # fmt: skip
+    signed = np.copysign(1 - t * np.exp(-z * z + series), x)
+    return signed.astype(np.float32)
+
+
+_ACTIVATIONS: dict[str, ActivationFunction] = {
+    "relu": _relu,
+    "relu2": lambda x: np.square(_relu(x)),
+    "silu": _silu,
+    "gelu": _gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_tanh": _gelu_tanh,
+}

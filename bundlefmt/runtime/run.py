@@ -1,0 +1,137 @@
+"""One generation from prompt to text, and how it went."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from bundlefmt.reader import ReadStats
+from bundlefmt.runtime.generate import Model, Sampling, load_model
+from bundlefmt.runtime.text import Tokenizer
+from bundlefmt.storage.backends import DEFAULT_THREADS
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """How a generation went. Bytes and seconds are of the whole generation, prompt included, but
+    for those `per_token`, which are means over the tokens after the first. `peak_memory` is the
+    process's, in bytes."""
+
+    text: str
+    mode: str
+    backend: str
+    fallback: str | None
+    threads: int
+    prompt_tokens: int
+    new_tokens: int
+    load_seconds: float
+    load_bytes: int
+    prompt_seconds: float
+    seconds: float
+    tokens_per_second: float
+    ffn_bytes: int
+    bytes_read: int
+    bytes_read_per_token: float
+    requests_per_token: float
+    read_amplification: float
+    io_seconds: float
+    compute_seconds: float
+    peak_memory: int
+
+
+def run(
+    path: str | os.PathLike[str],
+    prompt: str,
+    max_new_tokens: int = 64,
+    *,
+    mode: str = "dense",
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    backend: str = "auto",
+    verify: bool = True,
+    threads: int = DEFAULT_THREADS,
+    on_text: Callable[[str], None] = lambda piece: None,
+) -> RunReport:
+    """Load a bundle file's model and continue `prompt`; `on_text` gets the text as it is made.
+
+    Raises what `load_model` raises, and UsageError when the file carries no tokenizer.
+    """
+    start = time.perf_counter()
+    sampling = Sampling(temperature, top_p, seed)
+    with load_model(path, mode=mode, backend=backend, verify=verify, threads=threads) as model:
+        tokenizer = Tokenizer(model.file)
+        generation = _Timed(model, tokenizer.encode(prompt), max_new_tokens, sampling)
+        load_seconds = time.perf_counter() - start
+        text = ""
+        for piece in tokenizer.pieces(generation):
+            text += piece
+            on_text(piece)
+        return generation.report(text, load_seconds)
+
+
+class _Timed:
+    """A generation that keeps account of itself; iterate over it once."""
+
+    def __init__(
+        self, model: Model, ids: Sequence[int], max_new_tokens: int, sampling: Sampling
+    ) -> None:
+        self._model = model
+        self._ids = ids
+        self._tokens = model.tokens(ids, max_new_tokens, sampling)
+        self._made = 0
+        self._prompt_seconds = self._seconds = 0.0
+        self._before = self._after_prompt = replace(model.reader.stats)
+
+    def __iter__(self) -> Iterator[int]:
+        start = time.perf_counter()
+        for token in self._tokens:
+            self._seconds = time.perf_counter() - start
+            if not self._made:
+                self._prompt_seconds = self._seconds
+                self._after_prompt = replace(self._model.reader.stats)
+            self._made += 1
+            yield token
+
+    def report(self, text: str, load_seconds: float) -> RunReport:
+        """The account, once every token is made."""
+        reader = self._model.reader
+        whole = _between(self._before, reader.stats)
+        decoding = _between(self._after_prompt, reader.stats)
+        decoded = self._made - 1  # the first token comes out of the prompt's pass
+        decode_seconds = self._seconds - self._prompt_seconds
+        return RunReport(
+            text=text,
+            mode=self._model.mode,
+            backend=reader.backend,
+            fallback=reader.fallback,
+            threads=reader.threads,
+            prompt_tokens=len(self._ids),
+            new_tokens=self._made,
+            load_seconds=load_seconds,
+            load_bytes=self._before.bytes_read,
+            prompt_seconds=self._prompt_seconds,
+            seconds=self._seconds,
+            tokens_per_second=decoded / decode_seconds if decoded > 0 else 0.0,
+            ffn_bytes=sum(group.bundles.length for group in self._model.file.groups),
+            bytes_read=whole.bytes_read,
+            bytes_read_per_token=decoding.bytes_read / decoded if decoded > 0 else 0.0,
+            requests_per_token=decoding.requests / decoded if decoded > 0 else 0.0,
+            read_amplification=whole.read_amplification,
+            io_seconds=whole.seconds,
+            compute_seconds=self._seconds - whole.seconds,
+            peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        )
+
+
+def _between(before: ReadStats, after: ReadStats) -> ReadStats:
+    return ReadStats(
+        requests=after.requests - before.requests,
+        bundles=after.bundles - before.bundles,
+        bytes_asked=after.bytes_asked - before.bytes_asked,
+        bytes_read=after.bytes_read - before.bytes_read,
+        seconds=after.seconds - before.seconds,
+    )

@@ -1,0 +1,48 @@
+"""Text and token ids, by the tokenizer that a bundle file carries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import tokenizers
+
+from bundlefmt.errors import FormatError, UsageError
+from bundlefmt.file import BundleFile
+
+_BLOB = "tokenizer.json"
+
+
+class Tokenizer:
+    """The tokenizer.json of a bundle file. Raises UsageError when it carries none, FormatError
+    when the `tokenizers` library cannot read it."""
+
+    def __init__(self, file: BundleFile) -> None:
+        if _BLOB not in file.blob_names:
+            raise UsageError("the file carries no tokenizer", file=file.path, field=_BLOB)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(file.blob(_BLOB))
+        except ValueError as error:
+            raise FormatError(
+                f"tokenizer not understood: {error}", file=file.path, field=_BLOB
+            ) from None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer adds."""
+        return list(self._tokenizer.encode(text).ids)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        return str(self._tokenizer.decode(ids))
+
+    def pieces(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of ids as they come, piece by piece; a character that spans tokens is held
+        back until it is whole."""
+        seen: list[int] = []
+        shown = ""
+        for token in ids:
+            seen.append(token)
+            text = self.decode(seen)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                yield text[len(shown) :]
+                shown = text
+        yield self.decode(seen)[len(shown) :]
