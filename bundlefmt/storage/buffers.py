@@ -15,10 +15,5 @@ def aligned_empty(nbytes: int, alignment: int = PAGE) -> NDArray[np.uint8]:
     of two). Anonymous pages: nothing is committed before it is touched."""
     slack = max(alignment - PAGE, 0)
     memory = np.frombuffer(mmap.mmap(-1, max(nbytes + slack, 1)), dtype=np.uint8)
-    start = -address(memory) % alignment
+    start = -memory.ctypes.data % alignment
     return memory[start : start + nbytes]
-
-
-def address(array: NDArray[np.uint8]) -> int:
-    """Where the array's first byte lies."""
-    return int(array.ctypes.data)

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,18 +16,17 @@ from bundlefmt.errors import UsageError
 DEFAULT_THREADS = 32  # the paper's number of reading threads
 
 
-class Request(NamedTuple):
+class Request:
     """Contiguous bytes of the file, from `offset` on, scattered over `views` in turn: 1-D,
     writable, contiguous uint8 arrays. `tag` is the caller's own."""
 
-    offset: int
-    views: Sequence[NDArray[np.uint8]]
-    tag: Any = None
+    __slots__ = ("length", "offset", "tag", "views")
 
-    @property
-    def length(self) -> int:
-        """Bytes asked for."""
-        return sum(view.nbytes for view in self.views)
+    def __init__(self, offset: int, views: Sequence[NDArray[np.uint8]], tag: Any = None) -> None:
+        self.offset = offset
+        self.views = views
+        self.tag = tag
+        self.length = sum([view.nbytes for view in views])
 
 
 class Batch:
@@ -51,19 +50,20 @@ class Batch:
 
     def _work(self, read: Callable[[Request], int]) -> int:
         """One worker's share: requests until none is left; returns the bytes that it read."""
+        # Between two reads a worker holds the GIL, and others wait for it: few steps, all local.
         total = 0
-        for request in self._queue:
-            if self._failure is not None:
-                break
-            start = time.perf_counter_ns()
-            try:
+        clock, check, finished = time.perf_counter_ns, self._check, self.latencies.append
+        try:
+            for request in self._queue:
+                start = clock()
                 total += read(request)
-                if self._check is not None:
-                    self._check(request)
-            except BaseException as error:
-                self._failure = error
-                break
-            self.latencies.append(time.perf_counter_ns() - start)
+                if check is not None:
+                    check(request)
+                finished(clock() - start)
+                if self._failure is not None:
+                    break
+        except BaseException as error:
+            self._failure = error
         return total
 
 

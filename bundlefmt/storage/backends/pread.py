@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from bundlefmt.errors import ReadError
 from bundlefmt.layout.arithmetic import round_down, round_up
 from bundlefmt.storage.backends.base import DEFAULT_THREADS, Backend, Request
-from bundlefmt.storage.buffers import address, aligned_empty
+from bundlefmt.storage.buffers import aligned_empty
 from bundlefmt.storage.device import probe_direct
 
 _IOV_MAX = 1024
@@ -29,8 +29,17 @@ class Buffered(Backend):
         self._fd = os.open(self.path, self._flags)
 
     def _read(self, request: Request) -> int:
-        self._fill(request.views, request.offset, request.length)
+        if not self._read_at_once(request):
+            self._fill(request.views, request.offset, request.length)
         return request.length
+
+    def _read_at_once(self, request: Request) -> bool:
+        """The common case, in few steps: whether one call filled all views. If not, the caller
+        finds out why."""
+        try:
+            return os.preadv(self._fd, request.views, request.offset) == request.length
+        except OSError:
+            return False
 
     def _release(self) -> None:
         os.close(self._fd)
@@ -80,9 +89,10 @@ class Direct(Buffered):
         super().__init__(path, threads)
 
     def _read(self, request: Request) -> int:
-        if self._aligned(request):
-            return super()._read(request)
+        # Misaligned memory is left to the kernel to refuse: looking at each address costs more.
         length = request.length
+        if not (request.offset | length) % self.offset_alignment and self._read_at_once(request):
+            return length
         start = round_down(request.offset, self.offset_alignment)
         skipped = request.offset - start
         widened = round_up(skipped + length, self.offset_alignment)
@@ -93,14 +103,6 @@ class Direct(Buffered):
             view[:] = scratch[at : at + view.nbytes]
             at += view.nbytes
         return widened
-
-    def _aligned(self, request: Request) -> bool:
-        bits = request.offset
-        addresses = 0
-        for view in request.views:
-            bits |= view.nbytes
-            addresses |= address(view)
-        return bits % self.offset_alignment == 0 and addresses % self.memory_alignment == 0
 
 
 def _after(views: Sequence[NDArray[np.uint8]], done: int) -> list[NDArray[np.uint8]]:
