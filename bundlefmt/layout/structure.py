@@ -28,12 +28,14 @@ from bundlefmt.layout.superblock import Superblock
 
 class Extent(NamedTuple):
     """A span of the file with the header field that declares it. `table` says whether it is one
-    of the small tables (checksums, orders) that a reader needs whole."""
+    of the small tables (checksums, orders) that a reader needs whole, `packable` whether it may
+    have a codec."""
 
     field: str
     span: Span
     group: Group | None = None
     table: bool = False
+    packable: bool = False
 
 
 def extents(header: Header) -> Iterator[Extent]:
@@ -48,11 +50,11 @@ def extents(header: Header) -> Iterator[Extent]:
             if part.resident is not None:
                 yield Extent(f"{field}.parts[{j}].resident", part.resident)
     for i, tensor in enumerate(header.tensors):
-        yield Extent(f"tensors[{i}].data", tensor.data)
+        yield Extent(f"tensors[{i}].data", tensor.data, packable=True)
     for i, blob in enumerate(header.blobs):
-        yield Extent(f"blobs[{i}].data", blob.data)
+        yield Extent(f"blobs[{i}].data", blob.data, packable=True)
     for i, source in enumerate(header.sources):
-        yield Extent(f"sources[{i}].header", source.header)
+        yield Extent(f"sources[{i}].header", source.header, packable=True)
     for i, region in enumerate(header.retired):
         yield Extent(f"retired[{i}]", region)
 
@@ -115,8 +117,6 @@ def _group_faults(header: Header) -> Iterator[FormatError]:
         for name, span, expected in lengths:
             if span.length != expected:
                 yield _wrong("wrong length", f"{field}.{name}.length", expected, span.length)
-            if isinstance(span, Region) and span.codec != "raw":
-                yield _wrong("codec not allowed here", f"{field}.{name}.codec", "raw", span.codec)
 
 
 def _part_faults(field: str, group: Group) -> Iterator[FormatError]:
@@ -196,12 +196,16 @@ def _name_faults(header: Header) -> Iterator[FormatError]:
 def _predictor_faults(header: Header) -> Iterator[FormatError]:
     groups = {(group.layer, group.expert): group for group in header.groups}
     shapes = {tensor.name: list(tensor.shape) for tensor in header.tensors}
+    seen: set[tuple[int, int | None]] = set()
     for i, predictor in enumerate(header.predictors):
         field = f"predictors[{i}]"
         group = groups.get((predictor.layer, predictor.expert))
         if group is None:
             yield _wrong("no such group", field, "a group of the file", predictor.layer)
             continue
+        if (predictor.layer, predictor.expert) in seen:
+            yield _wrong("two predictors for one group", field, "one", group.label)
+        seen.add((predictor.layer, predictor.expert))
         a, b = shapes.get(predictor.a, []), shapes.get(predictor.b, [])
         if len(a) != 2 or len(b) != 2 or [b[0], b[1], a[1]] != [group.neurons, a[0], group.d_model]:
             yield _wrong(
@@ -230,6 +234,8 @@ def _region_faults(superblock: Superblock, header: Header) -> Iterator[FormatErr
                 f"at most byte {superblock.header_offset}",
                 span.offset + span.length,
             )
+        if isinstance(span, Region) and span.codec != "raw" and not extent.packable:
+            yield _wrong("codec not allowed here", f"{field}.codec", "raw", span.codec)
         if isinstance(span, Region) and (span.codec == "raw") != (span.decoded_length is None):
             yield _wrong(
                 "decoded_length goes with a codec",
