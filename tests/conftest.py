@@ -1,0 +1,31 @@
+"""What the tests share: paths to fixtures, and small checkpoints packed once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import bundlefmt
+
+ROOT = Path(__file__).resolve().parent.parent
+FIXTURES = ROOT / "tests" / "fixtures"
+VECTORS = ROOT / "spec" / "vectors"
+SHARED = ROOT.parent / "shared"
+DEMO = Path(bundlefmt.__file__).parent / "demo_model"
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model, packed. Read it, do not change it."""
+    path = tmp_path_factory.mktemp("demo") / "demo.bundle"
+    bundlefmt.pack(DEMO, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `llama` fixture (gated, f32, 2 layers), packed. Read it, do not change it."""
+    path = tmp_path_factory.mktemp("small") / "llama.bundle"
+    bundlefmt.pack(FIXTURES / "llama", path)
+    return path
