@@ -1,0 +1,289 @@
+"""The loop computes what the reference implementations compute."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+import bundlefmt
+from bundlefmt.runtime.config import decoder_config
+from bundlefmt.runtime.generate import Model
+from tests.conftest import FIXTURES, SHARED
+from tests.references import openelm
+
+GENERATING = ("opt", "opt-post-norm", "llama", "llama3-rope", "mistral", "qwen2", "qwen3")
+RELU = ("opt", "opt-post-norm", "llama3-rope")
+TOLERANCE = 1e-4  # of the largest logit
+
+
+def assert_close(found: NDArray[Any], expected: NDArray[Any]) -> None:
+    """The largest difference is within TOLERANCE of the largest logit."""
+    assert found.dtype == np.float32
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+def packed(case: str, folder: Path, **options: Any) -> Path:
+    path = folder / f"{case}.bundle"
+    bundlefmt.pack(FIXTURES / case, path, **options)
+    return path
+
+
+def reference(case: str) -> dict[str, NDArray[Any]]:
+    with np.load(FIXTURES / case / "reference.npz") as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+@pytest.mark.parametrize("case", GENERATING)
+def test_logits_are_those_of_transformers(case: str, tmp_path: Path) -> None:
+    expected = reference(case)
+    ids = [*expected["prompt"].tolist(), *expected["decoded"].tolist()]
+    with bundlefmt.load_model(packed(case, tmp_path)) as model:
+        assert_close(model.logits(ids), expected["logits"])
+
+
+@pytest.mark.parametrize("case", GENERATING)
+def test_greedy_tokens_are_those_of_transformers(case: str, tmp_path: Path) -> None:
+    expected = reference(case)
+    with bundlefmt.load_model(packed(case, tmp_path)) as model:
+        assert model.generate(expected["prompt"].tolist(), 16) == expected["decoded"].tolist()
+
+
+@pytest.mark.parametrize("case", GENERATING)
+def test_decoding_token_by_token_gives_the_logits_of_the_whole(case: str, tmp_path: Path) -> None:
+    expected = reference(case)
+    prompt, decoded = expected["prompt"].tolist(), expected["decoded"].tolist()
+    with bundlefmt.load_model(packed(case, tmp_path)) as model:
+        cache = model.decoder.new_cache()
+        rows = [model.decoder.logits(model.decoder.forward(prompt, cache))]
+        rows += [model.decoder.logits(model.decoder.forward([token], cache)) for token in decoded]
+        assert_close(np.concatenate(rows), expected["logits"])
+
+
+@pytest.mark.parametrize("resident", [None, "up"])
+@pytest.mark.parametrize("case", RELU)
+def test_exact_gives_the_logits_of_the_reference(
+    case: str, resident: str | None, tmp_path: Path
+) -> None:
+    if resident == "up" and case == "llama3-rope":
+        resident = "gate"
+    expected = reference(case)
+    ids = [*expected["prompt"].tolist(), *expected["decoded"].tolist()]
+    path = packed(case, tmp_path, resident=resident)
+    with bundlefmt.load_model(path, mode="exact") as model:
+        assert_close(model.logits(ids), expected["logits"])
+        before = model.reader.stats.bytes_read
+        assert model.generate(ids[:64], 16) == ids[64:]
+        assert model.reader.stats.bytes_read > before
+
+
+@pytest.mark.parametrize("backend", ["direct", "buffered", "mmap"])
+def test_every_backend_gives_the_same_tokens(backend: str, tmp_path: Path) -> None:
+    expected = reference("llama")
+    with bundlefmt.load_model(packed("llama", tmp_path), backend=backend, threads=2) as model:
+        assert model.generate(expected["prompt"].tolist(), 16) == expected["decoded"].tolist()
+
+
+@pytest.mark.parametrize("resident", [None, "gate", "up"])
+def test_dense_takes_a_resident_part_from_memory(resident: str | None, tmp_path: Path) -> None:
+    expected = reference("llama")
+    with bundlefmt.load_model(packed("llama", tmp_path, resident=resident)) as model:
+        assert model.generate(expected["prompt"].tolist(), 16) == expected["decoded"].tolist()
+
+
+def test_half_precision_bundles_stay_near_the_reference(tmp_path: Path) -> None:
+    expected = reference("llama")
+    ids = [*expected["prompt"].tolist(), *expected["decoded"].tolist()]
+    for dtype, tolerance in (("bf16", 0.05), ("f16", 0.01), ("q8_0", 0.05)):
+        path = packed("llama", tmp_path, dtype=dtype, force=True)
+        with bundlefmt.load_model(path) as model:
+            difference = np.abs(model.logits(ids) - expected["logits"]).max()
+            assert 0 < difference <= tolerance * np.abs(expected["logits"]).max()
+
+
+# OpenELM
+
+
+@pytest.fixture(scope="module")
+def openelm_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("openelm")
+    config = openelm.small_config()
+    save_file(openelm.random_checkpoint(config, seed=3), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    bundlefmt.pack(folder, folder / "openelm.bundle")
+    return folder / "openelm.bundle"
+
+
+def test_openelm_logits_are_those_of_the_float64_reference(openelm_bundle: Path) -> None:
+    config = openelm.small_config()
+    tensors = openelm.random_checkpoint(config, seed=3)
+    prompt = np.random.default_rng(5).integers(0, config["vocab_size"], 64).tolist()
+    with bundlefmt.load_model(openelm_bundle) as model:
+        ids = prompt + model.generate(prompt, 16)
+        assert_close(model.logits(ids), openelm.logits(config, tensors, ids))
+
+
+def test_openelm_layers_have_widths_and_heads_of_their_own(openelm_bundle: Path) -> None:
+    with bundlefmt.load_model(openelm_bundle) as model:
+        widths = [group.neurons for group in model.file.groups]
+        heads = [layer.heads for layer in model.decoder.config.layers]
+    assert len(set(widths)) == len(widths)
+    assert len(set(heads)) == len(heads)
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    [
+        ("270M", 271_527_168),
+        ("450M", 457_179_136),
+        ("1.1B", 1_079_891_456),
+        ("3B", 3_036_647_424),
+    ],
+)
+def test_published_openelm_configurations_have_their_parameters(size: str, parameters: int) -> None:
+    config = openelm.PUBLISHED[size]
+    assert openelm.parameter_count(config) == parameters
+    # The loop's reading of the same config, with the widths of the reference's tensors.
+    decoder = decoder_config(config)
+    shapes = openelm.tensor_shapes(config)
+    d, dim = decoder.d_model, decoder.head_dim
+    total = config["vocab_size"] * d + d
+    for i, layer in enumerate(decoder.layers):
+        neurons = shapes[f"transformer.layers.{i}.ffn.proj_2.weight"][1]
+        attention = (layer.heads + 2 * layer.kv_heads) * dim * d + layer.heads * dim * d
+        total += attention + 3 * neurons * d + 2 * d + 2 * dim
+    assert total == parameters
+
+
+# The real trained model, and the demo
+
+
+def tokens_and_bytes(path: Path, mode: str, ids: list[int]) -> tuple[list[int], int, int]:
+    """The tokens of a greedy run, the bytes read for it, and those of a dense pass per token."""
+    with bundlefmt.load_model(path, mode=mode) as model:
+        before = model.reader.stats.bytes_read
+        made = model.generate(ids, 48)
+        return made, model.reader.stats.bytes_read - before, ffn_bytes(model)
+
+
+def ffn_bytes(model: Model) -> int:
+    return sum(group.bundles.length for group in model.file.groups)
+
+
+def test_exact_gives_the_dense_tokens_of_the_demo_model_and_reads_less(demo_bundle: Path) -> None:
+    ids = list(range(40, 60))
+    dense, dense_bytes, _ = tokens_and_bytes(demo_bundle, "dense", ids)
+    exact, exact_bytes, _ = tokens_and_bytes(demo_bundle, "exact", ids)
+    assert exact == dense
+    assert exact_bytes < dense_bytes / 2
+
+
+@pytest.mark.skipif(
+    not (SHARED / "data" / "opt-relu-16m").is_dir(), reason="the trained model is not at hand"
+)
+def test_exact_gives_the_dense_tokens_of_a_trained_model_and_reads_less(tmp_path: Path) -> None:
+    path = tmp_path / "model.bundle"
+    bundlefmt.pack(SHARED / "data" / "opt-relu-16m", path)
+    ids = list(range(300, 316))
+    dense, dense_bytes, whole = tokens_and_bytes(path, "dense", ids)
+    exact, exact_bytes, _ = tokens_and_bytes(path, "exact", ids)
+    assert exact == dense
+    assert dense_bytes == len(dense) * whole
+    assert exact_bytes < dense_bytes / 2
+
+
+# Sampling and limits
+
+
+def test_the_same_seed_gives_the_same_text(demo_bundle: Path) -> None:
+    with bundlefmt.load_model(demo_bundle, mode="exact") as model:
+        runs = [
+            model.generate([50, 60], 12, temperature=1.0, top_p=0.9, seed=seed)
+            for seed in (1, 1, 2)
+        ]
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+def test_a_vanishing_nucleus_is_greedy(demo_bundle: Path) -> None:
+    with bundlefmt.load_model(demo_bundle) as model:
+        greedy = model.generate([50, 60], 8)
+        assert model.generate([50, 60], 8, temperature=1.0, top_p=1e-9, seed=4) == greedy
+
+
+def test_generation_stops_with_the_end_of_text_token(tmp_path: Path) -> None:
+    expected = reference("llama")
+    decoded = expected["decoded"].tolist()
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = json.loads((FIXTURES / "llama" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": [decoded[3], 1]}))
+    (folder / "model.safetensors").symlink_to(FIXTURES / "llama" / "model.safetensors")
+    bundlefmt.pack(folder, tmp_path / "model.bundle")
+    with bundlefmt.load_model(tmp_path / "model.bundle") as model:
+        made = model.generate(expected["prompt"].tolist(), 16)
+    assert made == decoded[: decoded.index(decoded[3]) + 1]
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [
+        ([], {}, "no tokens"),
+        ([-1], {}, "no such token"),
+        ([10**6], {}, "no such token"),
+        ([50] * 300, {}, "more tokens than the model's context"),
+        ([50], {"temperature": -1.0}, "temperature"),
+        ([50], {"temperature": float("nan")}, "temperature"),
+        ([50], {"top_p": 0.0}, "top_p"),
+        ([50], {"max_new_tokens": -1}, "max_new_tokens"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused(
+    ids: list[int], options: dict[str, Any], message: str, demo_bundle: Path
+) -> None:
+    with (
+        bundlefmt.load_model(demo_bundle) as model,
+        pytest.raises(bundlefmt.UsageError, match=message),
+    ):
+        model.generate(ids, **options)
+
+
+def test_exact_is_refused_for_an_activation_without_zeros(small_bundle: Path) -> None:
+    with pytest.raises(bundlefmt.UsageError, match=r"exact zeros.*found silu"):
+        bundlefmt.load_model(small_bundle, mode="exact")
+
+
+@pytest.mark.parametrize("case", ["bert", "mixtral", "gpt2"])
+def test_a_model_that_the_loop_does_not_compute_is_refused_by_name(
+    case: str, tmp_path: Path
+) -> None:
+    path = packed(case, tmp_path)
+    with pytest.raises(bundlefmt.UsageError, match=f"found {case}"):
+        bundlefmt.load_model(path)
+
+
+def test_an_unknown_rope_scaling_is_refused_by_name() -> None:
+    config = json.loads((FIXTURES / "llama" / "config.json").read_text())
+    config["rope_parameters"] = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 2.0}
+    with pytest.raises(bundlefmt.UsageError, match="found yarn"):
+        decoder_config(config)
+
+
+def test_a_damaged_bundle_stops_the_run_with_its_place(demo_bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.bundle"
+    data = bytearray(demo_bundle.read_bytes())
+    with bundlefmt.open(demo_bundle) as file:
+        group = file.group(2)
+    data[group.bundles.offset + 7 * group.stride + 3] ^= 1
+    path.write_bytes(data)
+    with (
+        bundlefmt.load_model(path) as model,
+        pytest.raises(bundlefmt.FormatError, match="layer 2, neuron 7"),
+    ):
+        model.generate([50], 1)
