@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 import bundlefmt
+from bundlefmt.runtime import kernels
 from bundlefmt.runtime.config import decoder_config
 from bundlefmt.runtime.generate import Model
 from tests.conftest import FIXTURES, SHARED
@@ -196,6 +198,32 @@ def test_exact_gives_the_dense_tokens_of_a_trained_model_and_reads_less(tmp_path
     assert exact == dense
     assert dense_bytes == len(dense) * whole
     assert exact_bytes < dense_bytes / 2
+
+
+# Kernels
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_every_16_bit_pattern_widens_to_its_value(dtype: Any) -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(dtype)
+    finite = every[np.isfinite(every.astype(np.float32))]
+    for patterns in (every, finite):
+        np.testing.assert_array_equal(kernels.widened(patterns), patterns.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 700, 96), (2, 5, 70_000), (1, 0, 8)])
+def test_products_with_stored_weights_are_those_of_float64(
+    shape: tuple[int, int, int], dtype: Any
+) -> None:
+    tokens, rows, width = shape
+    random = np.random.default_rng(1)
+    weight = random.standard_normal((rows, width)).astype(dtype)
+    x = random.standard_normal((tokens, width)).astype(np.float32)
+    h = random.standard_normal((tokens, rows)).astype(np.float32)
+    wide = weight.astype(np.float64)
+    np.testing.assert_allclose(kernels.matmul(x, weight), x @ wide.T, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(kernels.weighted_sum(h, weight), h @ wide, rtol=1e-4, atol=1e-3)
 
 
 # Sampling and limits

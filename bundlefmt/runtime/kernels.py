@@ -21,7 +21,10 @@ ActivationFunction = Callable[[Floats], Floats]
 
 _SQRT_HALF = np.float32(0.7071067811865476)
 _SQRT_2_OVER_PI = np.float32(0.7978845608028654)
-_BLOCK_NUMBERS = 1 << 18  # widened at a time: 1 MiB of float32 stays in the L2 cache
+_F16_INFINITY = 0x7C00
+_F16_FIELDS = np.int32(-0x70002000)  # 0x8FFFE000: sign, exponent and mantissa, shifted by 13
+_F16_REBIAS = np.float32(2.0**112)  # exponent biases: 127 - 15
+_BLOCK_NUMBERS = 1 << 17  # widened at a time: half a MiB of float32 stays in the L2 cache
 
 
 def matmul(x: Floats, weight: NDArray[Any]) -> Floats:
@@ -53,7 +56,21 @@ def widened(stored: NDArray[Any]) -> Floats:
     if stored.dtype == ml_dtypes.bfloat16:  # a bf16 is the upper half of a float32
         bits = np.left_shift(stored.view(np.uint16), 16, dtype=np.uint32)
         return bits.view(np.float32)
+    if stored.dtype == np.float16 and stored.size:
+        return _widened_f16(stored)
     return stored.astype(np.float32, copy=False)
+
+
+def _widened_f16(stored: NDArray[np.float16]) -> Floats:
+    """NumPy's own conversion goes number by number, at a third of the speed of this: move sign,
+    exponent and mantissa into their float32 places, then put the exponent's bias right."""
+    if (stored.view(np.uint16) & 0x7FFF).max() >= _F16_INFINITY:  # infinities, NaN: no bias fits
+        return stored.astype(np.float32)
+    bits = np.left_shift(stored.view(np.int16), 13, dtype=np.int32)
+    bits &= _F16_FIELDS
+    numbers = bits.view(np.float32)
+    numbers *= _F16_REBIAS
+    return numbers
 
 
 def layer_norm(x: Floats, weight: Floats, bias: Floats, epsilon: float) -> Floats:
