@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bundlefmt import __version__
 from bundlefmt.errors import BundleError, UsageError
 from bundlefmt.storage import device
 from bundlefmt.storage.backends import BACKENDS, open_backend
@@ -30,7 +30,7 @@ def doctor(folder: str | os.PathLike[str] = ".") -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"cannot make a file: {error.strerror}", file=folder) from error
     return {
-        "bundlefmt": version("bundlefmt"),
+        "bundlefmt": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
         "core": "python",

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import msgspec
 import numpy as np
@@ -109,12 +110,12 @@ class SafetensorsFile:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights files, config and companions of one model."""
+    """Weights files, config and companions (name -> content) of one model."""
 
     path: Path
     files: tuple[SafetensorsFile, ...]
     tensors: dict[str, SourceTensor]
-    companions: tuple[Path, ...]
+    companions: dict[str, bytes]
     config: dict[str, Any]
 
 
@@ -140,16 +141,17 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if index is not None:
         _check_index(index, tensors)
     folder = weights[0].parent
-    companions = [folder / name for name in COMPANIONS if (folder / name).is_file()]
-    companions += [index] if index is not None else []
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    return Checkpoint(given, files, tensors, tuple(companions), config)
+    beside = [folder / name for name in COMPANIONS if (folder / name).is_file()]
+    beside += [index] if index is not None else []
+    companions = {path.name: _content(path) for path in beside}
+    config = read_json(folder / "config.json") if "config.json" in companions else {}
+    return Checkpoint(given, files, tensors, companions, config)
 
 
 def read_safetensors(path: Path) -> SafetensorsFile:
     """A safetensors file's header, checked: types, lengths, full coverage, no overlap."""
-    size = _size_of(path)
-    with path.open("rb") as file:
+    with _opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         if size == 0:
             raise FormatError("empty file", file=path, expected="safetensors")
@@ -224,7 +226,7 @@ def parse_header(path: Path, header: bytes) -> tuple[SourceTensor, ...]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; FormatError when it is not one."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(_content(path))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"not JSON: {error}", file=path) from None
     if not isinstance(value, dict):
@@ -278,11 +280,17 @@ def _check_index(index: Path, tensors: dict[str, SourceTensor]) -> None:
             raise FormatError("tensor not in its shard", file=index.parent / shard, field=name)
 
 
-def _size_of(path: Path) -> int:
+def _opened(path: Path) -> BinaryIO:
     try:
-        size = path.stat().st_size
+        file = path.open("rb")
     except OSError as error:
         raise UsageError(f"cannot open: {error.strerror}", file=path) from error
-    if not path.is_file():
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
         raise UsageError("not a regular file", file=path)
-    return size
+    return file
+
+
+def _content(path: Path) -> bytes:
+    with _opened(path) as file:
+        return file.read()

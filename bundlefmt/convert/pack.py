@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bundlefmt import __version__
 from bundlefmt.checkpoints.families import (
     Activation,
     Family,
@@ -35,9 +36,7 @@ from bundlefmt.layout.header import Blob, Group, Header, Part, Region, Source, S
 from bundlefmt.layout.planner import region_alignment
 from bundlefmt.storage.atomic import refuse_existing, replacing, require_free_space
 
-WRITER = "bundlefmt 0.1.0"
-
-_HEADER_ALLOWANCE = 1 << 20  # for the header, in the estimate of disk needed
+_HEADER_ALLOWANCE = 1 << 10  # bytes of header per region, in the estimate of disk needed
 
 
 @dataclass(frozen=True)
@@ -164,13 +163,14 @@ class _Pack:
         """The most bytes that the file can take."""
         alignment = region_alignment(self.align)
         sizes = [tensor.nbytes for tensor in self._residents]
-        sizes += [path.stat().st_size for path in self.checkpoint.companions]
+        sizes += [len(data) for data in self.checkpoint.companions.values()]
         sizes += [len(file.header) for file in self.checkpoint.files]
         for plan in self.plans:
             neurons = plan.ffn.neurons
             sizes += [neurons * plan.stride, neurons * CHECKSUM_BYTES]
             sizes += [neurons * part.length for part in plan.parts if part.offset is None]
-        return DATA_OFFSET + sum(round_up(size, alignment) for size in sizes) + _HEADER_ALLOWANCE
+        sizes.append(_HEADER_ALLOWANCE * (len(sizes) + 1))
+        return DATA_OFFSET + sum(round_up(size, alignment) for size in sizes)
 
     def write(self, fd: int) -> int:
         """Write the whole file; returns its length."""
@@ -189,14 +189,14 @@ class _Pack:
             tensors=tensors,
             groups=[self._write_group(writer, plan) for plan in self.plans],
             blobs=[
-                Blob(path.name, self._small(writer, path.read_bytes()))
-                for path in self.checkpoint.companions
+                Blob(name, self._small(writer, data))
+                for name, data in self.checkpoint.companions.items()
             ],
             sources=[
                 SourceFile(file.path.name, self._small(writer, file.header))
                 for file in self.checkpoint.files
             ],
-            writer=WRITER,
+            writer=f"bundlefmt {__version__}",
         )
         superblock = writer.header(header, generation=1, file_id=os.urandom(16))
         writer.superblock(superblock, slots=(0, 1))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 
-from bundlefmt.errors import UsageError
+from bundlefmt.errors import ReadError, UsageError
 from bundlefmt.storage.backends.base import DEFAULT_THREADS, Backend, Batch, Request
 from bundlefmt.storage.backends.mapped import Mapped
 from bundlefmt.storage.backends.pread import Buffered, Direct
-from bundlefmt.storage.device import probe_direct
 
 BACKENDS: dict[str, type[Backend]] = {
     backend.name: backend for backend in (Direct, Buffered, Mapped)
@@ -32,5 +31,7 @@ def open_backend(
         )
     if name != "auto":
         return BACKENDS[name](path, threads), None
-    refusal = probe_direct(path).refusal
-    return (Direct if refusal is None else Buffered)(path, threads), refusal
+    try:
+        return Direct(path, threads), None
+    except ReadError as error:
+        return Buffered(path, threads), error.what

@@ -1,0 +1,57 @@
+"""The package agrees with itself, its README and its command line."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+import bundlefmt
+from bundlefmt.checkpoints.families import FAMILIES
+from bundlefmt.cli import COMMANDS, arguments, pack, run
+from bundlefmt.convert.plan import DTYPES
+from bundlefmt.layout.planner import ALIGNMENTS
+from bundlefmt.runtime.config import _DECODERS
+from bundlefmt.runtime.ffn import MODES
+from bundlefmt.storage.backends import CHOICES
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_command_line_offers_what_the_package_has() -> None:
+    # Written out in the commands, so that --help need not import NumPy.
+    assert pack.DTYPES == DTYPES
+    assert pack.ALIGNMENTS == ALIGNMENTS
+    assert run.MODES == MODES
+    assert arguments.BACKENDS == CHOICES
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_a_function_and_in_the_readme(command: str) -> None:
+    assert callable(getattr(bundlefmt, command))
+    assert f"bundlefmt {command}" in README
+
+
+def test_every_public_name_is_there() -> None:
+    for name in bundlefmt.__all__:
+        assert getattr(bundlefmt, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        bundlefmt.no_such_name  # noqa: B018 - looking it up is the test
+
+
+def test_the_readme_names_every_family_and_every_model_that_runs() -> None:
+    said = re.sub(r"[^a-z0-9]", "", README.lower())
+    aliases = {"phi": "phi2", "gpt_neox": "gptneox", "qwen3_moe": "qwen3moe"}
+    for family in FAMILIES:
+        assert aliases.get(family.name, family.name) in said, family.name
+    for model_type in _DECODERS:
+        assert model_type in said, model_type
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("4096", 4096), ("4K", 4096), ("16KiB", 16384), ("1.5M", 3 << 19), ("7GiB", 7 << 30)],
+)
+def test_sizes_are_read_as_people_write_them(text: str, expected: int) -> None:
+    assert arguments.parse_size(text) == expected
