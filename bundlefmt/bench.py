@@ -10,7 +10,6 @@ import itertools
 import os
 import resource
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from bundlefmt.errors import UsageError, WriteError
 from bundlefmt.file import BundleFile
 from bundlefmt.layout.header import Group
-from bundlefmt.storage.atomic import require_free_space
+from bundlefmt.storage.atomic import require_free_space, scratch_file
 from bundlefmt.storage.backends import BACKENDS, Request, open_backend
 from bundlefmt.storage.buffers import aligned_empty
 from bundlefmt.storage.device import drop_cache
@@ -103,10 +102,8 @@ def _target(
                 raise UsageError("a file without bundles", file=model)
             yield file.path, file
         return
-    if not Path(folder).is_dir():
-        raise UsageError("no such folder", file=folder)
     require_free_space(Path(folder), size)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".bundlefmt-bench-") as temporary:
+    with scratch_file(folder) as temporary:
         block = np.random.default_rng(_SEED).bytes(_WRITE_STEP)
         try:
             for start in range(0, size, _WRITE_STEP):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from bundlefmt import __version__
-from bundlefmt.errors import BundleError, UsageError
+from bundlefmt.errors import BundleError
 from bundlefmt.storage import device
+from bundlefmt.storage.atomic import scratch_file
 from bundlefmt.storage.backends import BACKENDS, open_backend
 
 
@@ -18,17 +18,13 @@ def doctor(folder: str | os.PathLike[str] = ".") -> dict[str, Any]:
     """Direct I/O and its alignment on `folder`'s file system (tried on a temporary file), read
     backends, CPU features, memory; sizes in bytes. Raises UsageError when the folder cannot be
     written to."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".bundlefmt-doctor-") as file:
-            file.write(bytes(device.SAFE_ALIGNMENT))
-            file.flush()
-            os.fsync(file.fileno())
-            direct = device.probe_direct(file.name)
-            backends = {name: _try_backend(name, file.name) for name in BACKENDS}
-            backend, fallback = open_backend(file.name, threads=1)
-            backend.close()
-    except OSError as error:
-        raise UsageError(f"cannot make a file: {error.strerror}", file=folder) from error
+    with scratch_file(folder) as file:
+        file.write(bytes(device.SAFE_ALIGNMENT))
+        file.flush()
+        direct = device.probe_direct(file.name)
+        backends = {name: _try_backend(name, file.name) for name in BACKENDS}
+        backend, fallback = open_backend(file.name, threads=1)
+        backend.close()
     return {
         "bundlefmt": __version__,
         "python": platform.python_version(),

@@ -10,10 +10,11 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from bundlefmt.errors import UsageError, WriteError
 
@@ -56,12 +57,25 @@ def refuse_existing(target: Path, *, force: bool) -> None:
 
 
 def require_free_space(folder: Path, needed: int) -> None:
-    """Raise WriteError when the file system of `folder` has fewer than `needed` bytes free."""
-    free = shutil.disk_usage(folder).free
+    """Raise WriteError when the file system of `folder` has fewer than `needed` bytes free,
+    UsageError when there is no such folder."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UsageError(f"no such folder: {error.strerror}", file=folder) from error
     if free < needed:
         raise WriteError(
             "not enough free space", file=folder, expected=f"{needed:,} bytes", found=f"{free:,}"
         )
+
+
+def scratch_file(folder: str | os.PathLike[str]) -> IO[bytes]:
+    """A temporary file in that folder, gone when it is closed. Raises UsageError when the folder
+    takes none."""
+    try:
+        return tempfile.NamedTemporaryFile(dir=folder, prefix=".bundlefmt-")
+    except OSError as error:
+        raise UsageError(f"cannot make a file here: {error.strerror}", file=folder) from error
 
 
 def _remove_leavings(target: Path) -> None:
