@@ -14,13 +14,12 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bundlefmt.bench import bench as bench
     from bundlefmt.convert.pack import pack as pack
     from bundlefmt.convert.unpack import unpack as unpack
     from bundlefmt.convert.update import append as append
     from bundlefmt.convert.verify import verify as verify
-    from bundlefmt.demo import demo as demo
-    from bundlefmt.doctor import doctor as doctor
+    from bundlefmt.demonstration import demo as demo
+    from bundlefmt.diagnosis import doctor as doctor
     from bundlefmt.errors import BundleError as BundleError
     from bundlefmt.errors import FormatError as FormatError
     from bundlefmt.errors import ReadError as ReadError
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from bundlefmt.errors import WriteError as WriteError
     from bundlefmt.file import BundleFile as BundleFile
     from bundlefmt.inspection import inspect as inspect
+    from bundlefmt.measurement import bench as bench
     from bundlefmt.runtime.generate import load_model as load_model
     from bundlefmt.runtime.run import run as run
 
@@ -41,9 +41,9 @@ _HOMES = {
     "UsageError": "errors",
     "WriteError": "errors",
     "append": "convert.update",
-    "bench": "bench",
-    "demo": "demo",
-    "doctor": "doctor",
+    "bench": "measurement",
+    "demo": "demonstration",
+    "doctor": "diagnosis",
     "inspect": "inspection",
     "load_model": "runtime.generate",
     "pack": "convert.pack",

@@ -6,6 +6,8 @@ Every message is one line that names what is known of: file, field, offset, expe
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _UNSET = object()
 
@@ -69,3 +71,14 @@ class ReadError(BundleError):
 
 class WriteError(BundleError):
     """The device's fault: a write that failed, a disk that is full."""
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Give errors that pass through the name of the file that they are about."""
+    try:
+        yield
+    except BundleError as error:
+        if error.file is None:
+            error.file = path
+        raise

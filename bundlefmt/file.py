@@ -6,8 +6,7 @@ import functools
 import json
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -16,7 +15,7 @@ import xxhash
 import zstandard
 from numpy.typing import NDArray
 
-from bundlefmt.errors import BundleError, FormatError, ReadError, UsageError
+from bundlefmt.errors import FormatError, ReadError, UsageError, naming
 from bundlefmt.layout import dtypes, structure, superblock
 from bundlefmt.layout.constants import DATA_OFFSET
 from bundlefmt.layout.header import Group, Header, Region, Span, Tensor
@@ -91,14 +90,20 @@ class BundleFile:
         try:
             return self._groups[layer, expert]
         except KeyError:
-            known = sorted({group.layer for group in self.groups})
             raise UsageError(
                 "no such group",
                 file=self.path,
                 field="layer" if expert is None else "layer, expert",
-                expected=f"a layer in {known[0]}..{known[-1]}" if known else "a file with groups",
+                expected=self._what_there_is(layer),
                 found=layer if expert is None else f"{layer}, {expert}",
             ) from None
+
+    def _what_there_is(self, layer: int) -> str:
+        experts = [g.expert for g in self.groups if g.layer == layer and g.expert is not None]
+        if experts:
+            return f"layer {layer} with an expert in {min(experts)}..{max(experts)}"
+        layers = [group.layer for group in self.groups]
+        return f"a layer in {min(layers)}..{max(layers)}" if layers else "a file with groups"
 
     @property
     def tensor_names(self) -> list[str]:
@@ -180,6 +185,9 @@ class BundleFile:
         work here.
         """
         opened, fallback = open_backend(self.path, backend, threads)
+        if not os.path.samestat(os.fstat(self._fd), Path(self.path).stat()):
+            opened.close()
+            raise ReadError("another file has taken this name meanwhile", file=self.path)
         return Reader(self, opened, fallback=fallback, verify=verify)
 
     def region(self, region: Region, field: str) -> bytearray:
@@ -217,9 +225,14 @@ class BundleFile:
 
     def _read_header(self) -> tuple[Superblock, Header]:
         size = os.fstat(self._fd).st_size
-        _, chosen = superblock.choose(
-            bytes(self.read(Span(0, min(size, DATA_OFFSET)), "superblock"))
-        )
+        if size < DATA_OFFSET:
+            raise FormatError(
+                "too short to be a bundle file",
+                field="superblock",
+                expected=f"at least {DATA_OFFSET} bytes",
+                found=size,
+            )
+        _, chosen = superblock.choose(bytes(self.read(Span(0, DATA_OFFSET), "superblock")))
         if size < chosen.file_length:
             raise FormatError(
                 "file cut short",
@@ -266,17 +279,6 @@ class BundleFile:
         raise FormatError(
             what, file=self.path, field=field, offset=span.offset if span else None, **compared
         )
-
-
-@contextmanager
-def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Give errors that pass through the name of the file that they are about."""
-    try:
-        yield
-    except BundleError as error:
-        if error.file is None:
-            error.file = path
-        raise
 
 
 def _open_regular(path: str) -> int:

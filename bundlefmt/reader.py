@@ -238,8 +238,9 @@ class Reader:
         group = self._file.group(layer, expert)
         ids = self._check_ids(group, neurons)
         rows = self._check_out(group, ids.size, out)
-        held = 0 if known is None else known.shape[1]
+        held = 0
         if known is not None:
+            held = self._check_known(group, known)
             rows[:, :held] = known[ids]
         slots = self._slots_of(group, ids)
         by_slot = np.argsort(slots, kind="stable")
@@ -258,7 +259,10 @@ class Reader:
         return Pending(reads, Bundles(group, ids, rows), self.stats, duplicates)
 
     def _check_ids(self, group: Group, neurons: Neurons) -> NDArray[np.int64]:
-        ids = np.asarray(neurons)
+        try:
+            ids = np.asarray(neurons)
+        except ValueError:  # nested lists of different lengths
+            ids = np.empty((0, 0))
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise UsageError(
                 "neurons are a sequence of integers",
@@ -274,6 +278,22 @@ class Reader:
                 found=int(ids.min() if ids.min() < 0 else ids.max()),
             )
         return ids.astype(np.int64)
+
+    def _check_known(self, group: Group, known: NDArray[np.uint8]) -> int:
+        """How many bytes of each bundle are known."""
+        if (
+            known.dtype != np.uint8
+            or known.ndim != 2
+            or known.shape[0] != group.neurons
+            or known.shape[1] > group.used
+        ):
+            raise UsageError(
+                "not the first bytes of this group's bundles",
+                field="known",
+                expected=f"uint8 [{group.neurons}, at most {group.used}]",
+                found=f"{known.dtype} {list(known.shape)}",
+            )
+        return int(known.shape[1])
 
     def _check_out(
         self, group: Group, count: int, out: NDArray[np.uint8] | None

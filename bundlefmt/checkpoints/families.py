@@ -209,7 +209,10 @@ def activation_of(family: Family, config: Mapping[str, Any]) -> Activation:
     found = next((config[key] for key in family.activation_keys if config.get(key)), None)
     name = family.activation if found is None else str(found)
     threshold = config.get("hidden_act_param") if name == "fatrelu" else None
-    return Activation(_ACTIVATIONS.get(name, name), None if threshold is None else float(threshold))
+    if threshold is not None and not isinstance(threshold, int | float):
+        field = "config.json, hidden_act_param"
+        raise FormatError("not a number", field=field, found=repr(threshold))
+    return Activation(_ACTIVATIONS.get(name, name), threshold)
 
 
 def _ffns_of(family: Family, tensors: Mapping[str, SourceTensor], *, strict: bool) -> list[Ffn]:

@@ -189,7 +189,7 @@ def parse_header(path: Path, header: bytes) -> tuple[SourceTensor, ...]:
             for name, value in raw.items()
             if name != "__metadata__"
         }
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"not a safetensors header: {error}", file=path, offset=8) from None
     base = 8 + len(header)
     tensors = []

@@ -11,27 +11,37 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from bundlefmt import __version__
-from bundlefmt.errors import BundleError, UsageError
+from bundlefmt.errors import BundleError, UsageError, printable
 
 COMMANDS = ("pack", "inspect", "verify", "unpack", "run", "demo", "bench", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    args = _parser().parse_args(argv)
     try:
-        status: int = args.run(args)
-        sys.stdout.flush()
-    except BundleError as error:
-        print(f"bundlefmt {args.command}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output has gone: nothing is left to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except BundleError as error:
         print(f"bundlefmt {args.command}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        print(f"bundlefmt {args.command}: {printable(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"bundlefmt {args.command}: interrupted", file=sys.stderr)
@@ -39,8 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="bundlefmt",
         description="Run language models larger than memory, neuron by neuron from flash.",
     )

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print a table."""
-    from bundlefmt.bench import bench
+    from bundlefmt.measurement import bench
 
     with output.progress("measuring", in_bytes=False) as progress:
         rows = bench(

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; 1 when the modes disagree."""
-    from bundlefmt.demo import demo
+    from bundlefmt.demonstration import demo
 
     report = demo()
     if args.json:

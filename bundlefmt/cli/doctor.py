@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Look and print."""
-    from bundlefmt.doctor import doctor
+    from bundlefmt.diagnosis import doctor
 
     found = doctor(args.dir)
     if args.json:

@@ -38,12 +38,15 @@ def run(args: argparse.Namespace) -> int:
     """Generate, printing the text as it comes and then how it went."""
     from bundlefmt.runtime.run import run as generate
 
-    def show(piece: str) -> None:
-        if not args.json:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+    unshown = args.prompt
 
-    show(args.prompt)
+    def show(piece: str) -> None:
+        nonlocal unshown
+        if not args.json:
+            sys.stdout.write(unshown + piece)
+            sys.stdout.flush()
+            unshown = ""
+
     report = generate(
         args.model,
         args.prompt,

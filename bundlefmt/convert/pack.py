@@ -29,7 +29,7 @@ from bundlefmt.convert.plan import GroupPlan, plan_group
 from bundlefmt.convert.progress import Progress, silent
 from bundlefmt.convert.rows import CHUNK_NUMBERS, PartRows
 from bundlefmt.convert.writer import RegionWriter
-from bundlefmt.errors import FormatError
+from bundlefmt.errors import UsageError, naming
 from bundlefmt.layout.arithmetic import round_up
 from bundlefmt.layout.constants import CHECKSUM_BYTES, DATA_OFFSET
 from bundlefmt.layout.header import Blob, Group, Header, Part, Region, Source, SourceFile, Tensor
@@ -84,25 +84,22 @@ def pack(
     start = time.perf_counter()
     checkpoint = open_checkpoint(source)
     target = Path(path) if path is not None else default_path(checkpoint)
-    try:
+    with naming(checkpoint.path):
         family, ffns = find_ffns(checkpoint.tensors, checkpoint.config)
-    except FormatError as error:
-        error.file = error.file or checkpoint.path
-        raise
+        activation = activation_of(family, checkpoint.config)
     plans = [plan_group(ffn, dtype, align, resident) for ffn in ffns]
-    job = _Pack(
-        checkpoint, family, activation_of(family, checkpoint.config), plans, align, zstd, progress
-    )
+    job = _Pack(checkpoint, family, activation, plans, align, zstd, progress)
     refuse_existing(target, force=force or dry_run)
+    _refuse_sources(target, checkpoint)
     if not dry_run:
         require_free_space(target.parent, job.most_bytes())
-        with replacing(target, force=force) as file:
+        with naming(target), replacing(target, force=force) as file:
             file_bytes = job.write(file.fileno())
     return PackReport(
         source=str(checkpoint.path),
         path=str(target),
         family=family.name,
-        activation=job.activation.name,
+        activation=activation.name,
         layers=len({plan.ffn.layer for plan in plans}),
         groups=len(plans),
         neurons=sum(plan.ffn.neurons for plan in plans),
@@ -123,6 +120,15 @@ def default_path(checkpoint: Checkpoint) -> Path:
         path = path.resolve()
         return path.with_name(f"{path.name}.bundle")
     return path.with_name(f"{path.name.split('.safetensors')[0]}.bundle")
+
+
+def _refuse_sources(target: Path, checkpoint: Checkpoint) -> None:
+    """Raise UsageError when `target` is one of the checkpoint's own files."""
+    own = [file.path for file in checkpoint.files]
+    own += [own[0].with_name(name) for name in checkpoint.companions]
+    for path in own:
+        if target.exists() and path.exists() and target.samefile(path):
+            raise UsageError("this is the checkpoint itself", file=target)
 
 
 @dataclass
@@ -170,7 +176,7 @@ class _Pack:
             sizes += [neurons * plan.stride, neurons * CHECKSUM_BYTES]
             sizes += [neurons * part.length for part in plan.parts if part.offset is None]
         sizes.append(_HEADER_ALLOWANCE * (len(sizes) + 1))
-        return DATA_OFFSET + sum(round_up(size, alignment) for size in sizes)
+        return round_up(DATA_OFFSET, alignment) + sum(round_up(size, alignment) for size in sizes)
 
     def write(self, fd: int) -> int:
         """Write the whole file; returns its length."""

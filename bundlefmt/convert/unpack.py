@@ -16,13 +16,18 @@ from numpy.typing import NDArray
 
 from bundlefmt.checkpoints.sources import SourceTensor, parse_header
 from bundlefmt.convert.progress import Progress, silent
-from bundlefmt.errors import FormatError, UsageError
-from bundlefmt.file import BundleFile, naming
+from bundlefmt.errors import FormatError, UsageError, naming
+from bundlefmt.file import BundleFile
 from bundlefmt.layout import dtypes
 from bundlefmt.layout.encodings import numbers_in
 from bundlefmt.layout.header import Group, Part, Source, SourceFile
 from bundlefmt.reader import Reader
-from bundlefmt.storage.atomic import refuse_existing, replacing, require_free_space
+from bundlefmt.storage.atomic import (
+    refuse_existing,
+    replacing,
+    require_free_space,
+    write_all,
+)
 
 _CHUNK_BYTES = 32 << 20  # of bundles in memory at a time
 
@@ -32,7 +37,7 @@ Placement = tuple[Group, Part, Source]
 @dataclass(frozen=True)
 class UnpackReport:
     """What `unpack` wrote. `identical` says whether every file is byte for byte the original;
-    `reencoded` names the tensors that are the stored values in another dtype instead."""
+    `reencoded` names the tensors that hold the stored values, in the dtype of these, instead."""
 
     path: str
     folder: str
@@ -71,7 +76,7 @@ def unpack(
         require_free_space(target, sum(sizes))
         writer = _Unpack(file, outputs, progress)
         for name, data in blobs.items():
-            stack.enter_context(replacing(target / name)).write(data)
+            write_all(stack.enter_context(replacing(target / name)).fileno(), data, 0)
         for output in outputs:
             output.fd = stack.enter_context(replacing(target / output.name)).fileno()
         writer.write(stack.enter_context(file.reader()))
@@ -101,7 +106,14 @@ class _Output:
             if tensor.name not in file.tensor_names
         }
         stored = {tensor.name: _stored_dtype(self.placements, tensor) for tensor in original}
-        self.reencoded = [tensor.name for tensor in original if stored[tensor.name] != tensor.dtype]
+        self.reencoded = [
+            tensor.name
+            for tensor in original
+            if any(
+                part.encoding != dtypes.ENCODING_OF.get(tensor.dtype)
+                for _, part, _ in self.placements.get(tensor.name, [])
+            )
+        ]
         if self.reencoded:
             self.header = _restated(self.header, original, stored)
         self.tensors = {
@@ -232,9 +244,5 @@ class _Unpack:
             self._put(output, at, numbers.view(np.uint8))
 
     def _put(self, output: _Output, offset: int, data: Any) -> None:
-        view = memoryview(data).cast("B")
-        while view:
-            count = os.pwrite(output.fd, view, offset)
-            view, offset = view[count:], offset + count
-            self._done += count
-            self._progress(self._done, self._total)
+        self._done += write_all(output.fd, data, offset)
+        self._progress(self._done, self._total)

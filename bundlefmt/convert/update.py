@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundlefmt.convert.writer import RegionWriter
-from bundlefmt.errors import UsageError, WriteError
+from bundlefmt.errors import UsageError, WriteError, naming
 from bundlefmt.file import BundleFile
-from bundlefmt.layout import dtypes, structure, superblock
+from bundlefmt.layout import dtypes, superblock
 from bundlefmt.layout.constants import DATA_OFFSET
 from bundlefmt.layout.header import Blob, Predictor, Region, Tensor
 from bundlefmt.layout.superblock import Superblock
@@ -40,7 +40,8 @@ def append(
         raise UsageError(f"cannot open for writing: {error.strerror}", file=path) from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return _append(fd, path, tensors or {}, blobs or {}, predictors)
+        with naming(path):
+            return _append(fd, path, tensors or {}, blobs or {}, predictors)
     except BlockingIOError as error:
         raise UsageError("another writer has this file", file=path) from error
     except OSError as error:
@@ -77,7 +78,6 @@ def _append(
         retired=[*header.retired, *replaced, old_header],
     )
     following = writer.header(updated, current.generation + 1, current.file_id)
-    structure.check(following, updated)
     os.fsync(fd)
     writer.superblock(following, slots=[1 - slot])
     os.fsync(fd)

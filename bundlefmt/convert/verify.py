@@ -14,8 +14,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from bundlefmt.convert.progress import Progress, silent
-from bundlefmt.errors import BundleError, FormatError
-from bundlefmt.file import BundleFile, naming
+from bundlefmt.errors import BundleError, FormatError, naming
+from bundlefmt.file import BundleFile
 from bundlefmt.layout import structure, superblock
 from bundlefmt.layout.constants import DATA_OFFSET, SLOT_LENGTH, SLOT_OFFSETS
 from bundlefmt.layout.header import Group, Region, Span
@@ -88,13 +88,15 @@ class _Check:
         self._report.generation = current.generation
         self._report.file_bytes = Path(self._file.path).stat().st_size
         self._superblocks()
-        extents = [entry for entry in structure.extents(self._file.header) if entry.span.length]
-        extents.sort(key=lambda entry: entry.span.offset)
+        extents = sorted(
+            structure.extents(self._file.header), key=lambda extent: extent.span.offset
+        )
         cursor = DATA_OFFSET
         for extent in extents:
-            self._gap(cursor, extent.span.offset)
             self._attempt(extent)
-            cursor = extent.span.offset + extent.span.length
+            if extent.span.length:  # an empty one may lie anywhere
+                self._gap(cursor, extent.span.offset)
+                cursor = extent.span.offset + extent.span.length
         self._gap(cursor, current.header_offset)
         self._gap(current.header_offset + current.header_length, current.file_length)
         self._count(current.header_length)

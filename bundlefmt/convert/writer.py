@@ -11,12 +11,13 @@ import xxhash
 import zstandard
 from numpy.typing import NDArray
 
-from bundlefmt.errors import WriteError
 from bundlefmt.layout import header as headers
+from bundlefmt.layout import structure
 from bundlefmt.layout.arithmetic import round_up
 from bundlefmt.layout.constants import SLOT_OFFSETS
 from bundlefmt.layout.header import Header, Region, Span
 from bundlefmt.layout.superblock import Superblock
+from bundlefmt.storage.atomic import write_all
 
 Chunks = Callable[[], Iterable[Any]]  # called anew for each pass; yields buffers
 
@@ -56,7 +57,7 @@ class RegionWriter:
         start = self.end = round_up(self.end, self.alignment)
         digests: list[int] = []
         for chunk in chunks:
-            self._pwrite(np.ascontiguousarray(chunk), self.end)
+            write_all(self._fd, np.ascontiguousarray(chunk), self.end)
             digests += map(xxhash.xxh3_64_intdigest, chunk)
             self.end += chunk.nbytes
         table = np.array(digests, dtype="<u8")
@@ -64,12 +65,12 @@ class RegionWriter:
 
     def header(self, header: Header, generation: int, file_id: bytes) -> Superblock:
         """Append the header and the padding of the file's end; returns the superblock that will
-        bring it into force."""
+        bring it into force. Raises FormatError for a header that no reader would accept."""
         data = headers.encode(header)
         region = self.region(lambda: [data])
         length = round_up(self.end, self.alignment)
         os.ftruncate(self._fd, length)
-        return Superblock(
+        superblock = Superblock(
             alignment=self.alignment,
             generation=generation,
             file_length=length,
@@ -78,11 +79,13 @@ class RegionWriter:
             header_xxh3=int(region.xxh3, 16),
             file_id=file_id,
         )
+        structure.check(superblock, headers.decode(data))
+        return superblock
 
     def superblock(self, superblock: Superblock, slots: Iterable[int]) -> None:
         """Write a superblock into the slots of those indices."""
         for index in slots:
-            self._pwrite(superblock.encode(), SLOT_OFFSETS[index])
+            write_all(self._fd, superblock.encode(), SLOT_OFFSETS[index])
 
     def _write(
         self, offset: int, chunks: Iterable[Any], limit: int | None = None
@@ -93,20 +96,11 @@ class RegionWriter:
         length = 0
         for chunk in chunks:
             digest.update(chunk)
-            self._pwrite(chunk, offset + length)
+            write_all(self._fd, chunk, offset + length)
             length += memoryview(chunk).nbytes
             if limit is not None and length >= limit:
                 break
         return length, digest.hexdigest()
-
-    def _pwrite(self, data: Any, offset: int) -> None:
-        view = memoryview(data).cast("B")
-        while view:
-            count = os.pwrite(self._fd, view, offset)
-            if count == 0:
-                raise WriteError("the device takes no more bytes", offset=offset)
-            view = view[count:]
-            offset += count
 
 
 def _compressed(chunks: Iterable[Any]) -> Iterator[bytes]:

@@ -95,10 +95,15 @@ def _blocks(numbers: Floats) -> Floats:
 
 
 def _scaled(blocks: Floats, scales: Floats) -> Floats:
-    """Blocks divided by their scales, 0 where the scale is 0 (as ggml does: by the reciprocal)."""
-    with np.errstate(divide="ignore"):
-        inverse = np.where(scales == 0, np.float32(0), np.float32(1) / scales)
-    return blocks * inverse
+    """Blocks divided by their scales (as ggml does: by the reciprocal), 0 where the scale is 0 or
+    so small that it has no finite reciprocal: as an f16 it is 0."""
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.float32(1) / scales
+    return blocks * np.where(np.isfinite(inverse), inverse, np.float32(0))
+
+
+def _stored_blocks(stored: Bytes, block_bytes: int) -> Bytes:
+    return stored.reshape(*stored.shape[:-1], stored.shape[-1] // block_bytes, block_bytes)
 
 
 def _pack(scales: Floats, quants: NDArray[Any]) -> Bytes:
@@ -118,10 +123,10 @@ def _encode_q8_0(numbers: Floats) -> Bytes:
 
 
 def _decode_q8_0(stored: Bytes) -> Floats:
-    blocks = stored.reshape(*stored.shape[:-1], -1, 34)
+    blocks = _stored_blocks(stored, 34)
     scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16).astype(np.float32)
     numbers = scales * blocks[..., 2:].view(np.int8).astype(np.float32)
-    return numbers.reshape(*stored.shape[:-1], -1)
+    return numbers.reshape(*stored.shape[:-1], blocks.shape[-2] * 32)
 
 
 def _encode_q4_0(numbers: Floats) -> Bytes:
@@ -134,11 +139,11 @@ def _encode_q4_0(numbers: Floats) -> Bytes:
 
 
 def _decode_q4_0(stored: Bytes) -> Floats:
-    blocks = stored.reshape(*stored.shape[:-1], -1, 18)
+    blocks = _stored_blocks(stored, 18)
     scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16).astype(np.float32)
     nibbles = np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], axis=-1)
     numbers = scales * (nibbles.astype(np.float32) - np.float32(8))
-    return numbers.reshape(*stored.shape[:-1], -1)
+    return numbers.reshape(*stored.shape[:-1], blocks.shape[-2] * 32)
 
 
 ENCODINGS: dict[str, Encoding] = {

@@ -8,6 +8,7 @@ overlap, that lengths agree) is checked by `layout.structure`.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
@@ -162,8 +163,13 @@ class Header(Struct, frozen=True, omit_defaults=True):
 
 
 def encode(header: Header) -> bytes:
-    """The header as JSON bytes."""
-    return msgspec.json.encode(header)
+    """The header as JSON bytes. Raises FormatError when a name in it is not text."""
+    try:
+        return msgspec.json.encode(header)
+    except UnicodeEncodeError as error:
+        raise FormatError(
+            "a name that UTF-8 cannot hold", field="header", found=ascii(error.object)
+        ) from None
 
 
 def decode(data: bytes) -> Header:
@@ -218,9 +224,19 @@ def _check_json(data: bytes) -> None:
     def refuse(constant: str) -> None:
         raise FormatError("not a JSON number", field="header", found=constant)
 
+    def finite(text: str) -> float:
+        if math.isinf(float(text)):
+            raise FormatError("a number that is not finite", field="header", found=text[:20])
+        return 0.0
+
     try:
         levels = depth(
-            json.loads(data.decode("utf-8"), object_pairs_hook=visit, parse_constant=refuse)
+            json.loads(
+                data.decode("utf-8"),
+                object_pairs_hook=visit,
+                parse_constant=refuse,
+                parse_float=finite,
+            )
         )
     except RecursionError:
         levels = MAX_HEADER_DEPTH + 1

@@ -236,6 +236,8 @@ def _region_faults(superblock: Superblock, header: Header) -> Iterator[FormatErr
             )
         if isinstance(span, Region) and span.codec != "raw" and not extent.packable:
             yield _wrong("codec not allowed here", f"{field}.codec", "raw", span.codec)
+        if isinstance(span, Region) and span.codec != "raw" and not span.length:
+            yield _wrong("nothing to decode", f"{field}.length", "at least 1", 0)
         if isinstance(span, Region) and (span.codec == "raw") != (span.decoded_length is None):
             yield _wrong(
                 "decoded_length goes with a codec",

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bundlefmt.errors import UsageError
-from bundlefmt.file import BundleFile, naming
+from bundlefmt.errors import UsageError, naming
+from bundlefmt.file import BundleFile
 from bundlefmt.reader import Reader
 from bundlefmt.runtime import kernels
 from bundlefmt.runtime.config import decoder_config

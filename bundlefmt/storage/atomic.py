@@ -14,11 +14,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from bundlefmt.errors import UsageError, WriteError
 
 _SUFFIX = ".partial"
+_MOST_NAME = 200  # bytes of the target's name in a temporary one: file systems take 255 in all
 
 
 @contextmanager
@@ -31,7 +32,7 @@ def replacing(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[
     target = Path(path)
     refuse_existing(target, force=force)
     _remove_leavings(target)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}{_SUFFIX}")
+    temporary = target.with_name(f"{_prefix(target)}{os.getpid()}-{os.urandom(4).hex()}{_SUFFIX}")
     try:
         with temporary.open("xb", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,6 +70,15 @@ def require_free_space(folder: Path, needed: int) -> None:
         )
 
 
+def write_all(fd: int, data: Any, offset: int) -> int:
+    """Write all bytes of a contiguous buffer at `offset` of a file; returns how many."""
+    view = memoryview(data).cast("B")
+    done = 0
+    while done < view.nbytes:
+        done += os.pwrite(fd, view[done:], offset + done)
+    return done
+
+
 def scratch_file(folder: str | os.PathLike[str]) -> IO[bytes]:
     """A temporary file in that folder, gone when it is closed. Raises UsageError when the folder
     takes none."""
@@ -80,14 +90,17 @@ def scratch_file(folder: str | os.PathLike[str]) -> IO[bytes]:
 
 def _remove_leavings(target: Path) -> None:
     """Unlink the temporary files that dead writers of `target` left behind."""
-    for path in target.parent.glob(f".{_escape(target.name)}.*{_SUFFIX}"):
+    for path in target.parent.iterdir():
+        if not (path.name.startswith(_prefix(target)) and path.name.endswith(_SUFFIX)):
+            continue
         with suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
 
 
-def _escape(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+def _prefix(target: Path) -> str:
+    """How the names of temporary files for `target` begin; cut where they would be too long."""
+    return f".{os.fsdecode(os.fsencode(target.name)[:_MOST_NAME])}."
 
 
 def _sync_folder(folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from bundlefmt.errors import UsageError
+from bundlefmt.errors import ReadError, UsageError
 
 DEFAULT_THREADS = 32  # the paper's number of reading threads
 
@@ -109,6 +109,12 @@ class Backend:
             self._pool.shutdown()
             self._pool = None
             self._release()
+
+    def _open(self, flags: int) -> int:
+        try:
+            return os.open(self.path, flags | os.O_CLOEXEC)
+        except OSError as error:
+            raise ReadError(f"cannot open: {error.strerror}", file=self.path) from error
 
     def _prepare(self, requests: Sequence[Request]) -> None:
         """Called with each batch before its requests are read."""

@@ -20,7 +20,10 @@ class Mapped(Backend):
 
     def __init__(self, path: str | os.PathLike[str], threads: int = DEFAULT_THREADS) -> None:
         super().__init__(path, threads)
-        self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = self._open(os.O_RDONLY)
+        if os.fstat(self._fd).st_size == 0:
+            os.close(self._fd)
+            raise ReadError("an empty file cannot be mapped", file=self.path)
         self._map = mmap.mmap(self._fd, 0, prot=mmap.PROT_READ)
         self._map.madvise(mmap.MADV_RANDOM)
         self._bytes = np.frombuffer(self._map, dtype=np.uint8)

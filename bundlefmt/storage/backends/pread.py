@@ -22,11 +22,11 @@ class Buffered(Backend):
     """preadv through the page cache."""
 
     name = "buffered"
-    _flags = os.O_RDONLY | os.O_CLOEXEC
+    _flags = os.O_RDONLY
 
     def __init__(self, path: str | os.PathLike[str], threads: int = DEFAULT_THREADS) -> None:
         super().__init__(path, threads)
-        self._fd = os.open(self.path, self._flags)
+        self._fd = self._open(self._flags)
 
     def _read(self, request: Request) -> int:
         if not self._read_at_once(request):
@@ -51,7 +51,7 @@ class Buffered(Backend):
             rest = _after(views, done) if done else views
             try:
                 count = os.preadv(self._fd, rest[:_IOV_MAX], offset + done)
-            except BlockingIOError:
+            except (BlockingIOError, InterruptedError):
                 count = 0
             except OSError as error:
                 raise ReadError(

@@ -12,7 +12,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bundlefmt.errors import UsageError, WriteError
+from bundlefmt.errors import ReadError, UsageError, WriteError
 from bundlefmt.file import BundleFile
 from bundlefmt.layout.header import Group
 from bundlefmt.storage.atomic import require_free_space, scratch_file
@@ -72,15 +72,16 @@ def bench(
     verify: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[BenchRow]:
-    """Random reads of each chunk size, through each backend (or the one named), with each number
-    of threads. With a model: bundles of it, as many neighbours per read as fill the chunk (one
-    neuron where `chunk_sizes` is None). Without: a temporary file of `size` bytes in `folder`.
+    """Random reads of each chunk size, through each backend that works here (or the one named),
+    with each number of threads. With a model: bundles of it, as many neighbours per read as fill
+    the chunk (one bundle where `chunk_sizes` is None). Without: a temporary file of `size` bytes
+    in `folder`.
 
     Raises UsageError for settings that cannot be, ReadError and WriteError when the device fails.
     """
-    backends = list(BACKENDS) if backend is None else [backend]
     rows: list[BenchRow] = []
     with _target(model, folder, size) as (path, file):
+        backends = _working(path) if backend is None else [backend]
         chunks = chunk_sizes or ([file.groups[0].stride] if file else DEFAULT_CHUNKS)
         for chunk, name, count in itertools.product(chunks, backends, threads):
             if file is None:
@@ -89,6 +90,16 @@ def bench(
                 rows.append(_bench_bundles(file, name, chunk, count, verify))
             progress(len(rows), len(chunks) * len(backends) * len(threads))
     return rows
+
+
+def _working(path: str) -> list[str]:
+    """The backends that can read the file."""
+    working = []
+    for name in BACKENDS:
+        with suppress(ReadError):
+            open_backend(path, name, threads=1)[0].close()
+            working.append(name)
+    return working
 
 
 @contextmanager
@@ -184,9 +195,9 @@ def _bench_bundles(file: BundleFile, name: str, chunk: int, threads: int, verify
 def _runs(
     file: BundleFile, group: Group, count: int, neighbours: int, random: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Ids of `count` random runs of neighbouring bundles, no bundle twice."""
-    places = group.neurons // neighbours
-    starts = random.choice(places, min(count, places), replace=False) * neighbours
+    """Ids of up to `count` random runs of neighbouring bundles, no two of which touch."""
+    places = (group.neurons // neighbours + 1) // 2
+    starts = random.choice(places, min(count, places), replace=False) * 2 * neighbours
     slots = (starts[:, None] + np.arange(neighbours)).reshape(-1)
     order = file.order(group)
     return slots if order is None else order[slots].astype(np.int64)

@@ -1,0 +1,692 @@
+"""The storage layer: aligned memory, direct I/O probed, read backends, files that appear whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from bundlefmt.errors import FormatError, ReadError, UsageError, WriteError
+from bundlefmt.storage.atomic import replacing, require_free_space
+from bundlefmt.storage.backends import BACKENDS, Backend, Request, open_backend
+from bundlefmt.storage.buffers import aligned_empty
+from bundlefmt.storage.device import drop_cache, probe_direct
+from tests.conftest import ROOT
+
+PADDED = 256 * 4096  # bytes: as long as a bundle file could be
+ODD = PADDED - 1337
+GUARD = 0xA5  # around the memory of every request
+PATIENCE = 30  # seconds until a thread that waits for another gives up
+
+_preadv = os.preadv
+_open = os.open
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Files of random bytes, by length. Read them, do not change them."""
+    folder = tmp_path_factory.mktemp("storage")
+    data = np.random.default_rng(7).bytes(PADDED)
+    for length in (PADDED, ODD):
+        (folder / str(length)).write_bytes(data[:length])
+    return {length: folder / str(length) for length in (PADDED, ODD)}
+
+
+@pytest.fixture
+def scratch(tmp_path: Path, files: dict[int, Path]) -> Path:
+    """A copy of the padded file that a test may spoil."""
+    path = tmp_path / "scratch"
+    path.write_bytes(files[PADDED].read_bytes())
+    return path
+
+
+def opened(path: Path, name: str, threads: int = 4) -> Backend:
+    """The backend, or a skip where this file system has no direct I/O."""
+    refusal = probe_direct(path).refusal
+    if name == "direct" and refusal is not None:
+        pytest.skip(f"no direct I/O here: {refusal}")
+    return open_backend(path, name, threads)[0]
+
+
+def memory_for(lengths: Sequence[int]) -> tuple[NDArray[np.uint8], list[NDArray[np.uint8]]]:
+    """Views of those lengths, three guard bytes before each and after the last."""
+    whole = np.full(sum(lengths) + 3 * (len(lengths) + 1), GUARD, dtype=np.uint8)
+    views, at = [], 3
+    for length in lengths:
+        views.append(whole[at : at + length])
+        at += length + 3
+    return whole, views
+
+
+# Aligned memory.
+
+
+@pytest.mark.parametrize("alignment", [64, 512, 4096, 16384, 65536])
+@pytest.mark.parametrize("nbytes", [0, 1, 4095, 4096, 100_000])
+def test_aligned_memory_is_aligned_zero_and_writable(nbytes: int, alignment: int) -> None:
+    memory = [aligned_empty(nbytes, alignment) for _ in range(4)]
+    for number, array in enumerate(memory):
+        assert array.shape == (nbytes,)
+        assert array.dtype == np.uint8
+        assert nbytes == 0 or array.ctypes.data % alignment == 0
+        assert not array.any()
+        array[:] = number + 1
+    assert all((array == number + 1).all() for number, array in enumerate(memory))
+
+
+# Direct I/O, probed and refused.
+
+
+def test_the_probe_names_alignments_that_are_powers_of_two(files: dict[int, Path]) -> None:
+    found = probe_direct(files[PADDED])
+    for alignment in (found.memory_alignment, found.offset_alignment):
+        assert 1 <= alignment <= 65536
+        assert alignment & (alignment - 1) == 0
+    assert found.source in ("statx", "logical block size", "default")
+    if found.refusal is not None:
+        pytest.skip(f"no direct I/O here: {found.refusal}")
+    fd = os.open(files[PADDED], os.O_RDONLY | os.O_DIRECT)
+    try:  # what the probe says is enough for a read anywhere
+        memory = aligned_empty(found.offset_alignment, found.memory_alignment)
+        assert os.preadv(fd, [memory], found.offset_alignment) == found.offset_alignment
+    finally:
+        os.close(fd)
+
+
+def test_the_probe_of_a_missing_file_says_why(tmp_path: Path) -> None:
+    refusal = probe_direct(tmp_path / "missing").refusal
+    assert refusal is not None and os.strerror(errno.ENOENT) in refusal
+
+
+def _open_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return _open(path, flags, *rest, **named)
+
+    monkeypatch.setattr(os, "open", refusing)
+
+
+def _read_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(fd: int, views: Any, offset: int) -> int:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "preadv", refusing)
+
+
+@pytest.mark.parametrize(
+    ("refuse", "reason"),
+    [(_open_refuses, "open with O_DIRECT"), (_read_refuses, "read with O_DIRECT")],
+    ids=["open", "read"],
+)
+def test_where_direct_is_refused_auto_falls_back_and_says_why(
+    files: dict[int, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    refuse: Callable[[pytest.MonkeyPatch], None],
+    reason: str,
+) -> None:
+    if refuse is _read_refuses and probe_direct(files[PADDED]).refusal is not None:
+        pytest.skip("no direct I/O here: it cannot get as far as reading")
+    with monkeypatch.context() as patch:
+        refuse(patch)
+        backend, fallback = open_backend(files[PADDED], "auto", 1)
+        with pytest.raises(ReadError, match=reason) as caught:
+            open_backend(files[PADDED], "direct", 1)
+    assert backend.name == "buffered"
+    assert fallback is not None
+    assert f"{reason}: {os.strerror(errno.EINVAL)}" in fallback
+    assert caught.value.file == files[PADDED]
+    memory = np.zeros(10, dtype=np.uint8)
+    backend.submit([Request(5, [memory])]).wait()
+    backend.close()
+    assert memory.tobytes() == files[PADDED].read_bytes()[5:15]
+
+
+def test_auto_takes_direct_where_it_works(files: dict[int, Path]) -> None:
+    backend = opened(files[PADDED], "direct")
+    backend.close()
+    backend, fallback = open_backend(files[PADDED])
+    backend.close()
+    assert (backend.name, fallback) == ("direct", None)
+
+
+def test_an_unknown_backend_is_refused_naming_those_there_are(files: dict[int, Path]) -> None:
+    with pytest.raises(UsageError, match="auto, direct, buffered, mmap"):
+        open_backend(files[PADDED], "io_uring")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_backend_needs_a_thread(files: dict[int, Path], name: str) -> None:
+    with pytest.raises(UsageError, match="threads"):
+        open_backend(files[PADDED], name, 0)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("state", ["missing", "empty"])
+def test_a_file_that_cannot_be_served_raises_only_our_errors(
+    tmp_path: Path, name: str, state: str
+) -> None:
+    path = tmp_path / "file"
+    if state == "empty":
+        path.touch()
+    try:
+        backend, _ = open_backend(path, name, 1)
+        try:
+            backend.submit([Request(0, [np.empty(1, dtype=np.uint8)])]).wait()
+        finally:
+            backend.close()
+    except (ReadError, UsageError) as error:
+        assert str(path) in str(error)
+    else:
+        pytest.fail("a byte was read where there is none")
+
+
+# Backends read what the file holds.
+
+SHAPES: dict[str, tuple[int, list[int]]] = {
+    "aligned": (8192, [4096]),
+    "aligned, long": (4096, [131072]),
+    "offset not aligned": (4097, [4096]),
+    "length odd": (8192, [777]),
+    "offset and length odd": (12345, [6789]),
+    "one byte": (511, [1]),
+    "first byte": (0, [1]),
+    "across a page": (4090, [12]),
+    "aligned views": (4096, [512] * 16),
+    "odd views": (3000, [1, 2, 3, 500, 4096, 5, 77]),
+    "empty views": (100, [0, 5, 0, 0, 6, 0]),
+    "2000 aligned views": (4096, [64] * 2000),
+    "2000 odd views": (4097, [37] * 2000),
+    "nothing": (4096, [0]),
+    "last byte": (-1, [1]),
+    "last bytes": (-5000, [4096, 904]),
+    "last sector": (-512, [512]),
+    "all": (0, [-1]),
+}
+
+
+@pytest.mark.parametrize("length", [PADDED, ODD], ids=["padded file", "odd file"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_request_brings_exactly_the_bytes_of_the_file(
+    files: dict[int, Path], name: str, shape: str, length: int
+) -> None:
+    offset, lengths = SHAPES[shape]
+    offset = offset % length
+    lengths = [length if n < 0 else n for n in lengths]
+    backend = opened(files[length], name)
+    whole, views = memory_for(lengths)
+    batch = backend.submit([Request(offset, views)])
+    batch.wait()
+    backend.close()
+    expected, wanted = memory_for(lengths)
+    data, at = files[length].read_bytes(), offset
+    for view in wanted:
+        view[:] = np.frombuffer(data[at : at + view.size], dtype=np.uint8)
+        at += view.size
+    assert (whole == expected).all()
+    assert batch.bytes_read >= sum(lengths)
+    assert len(batch.latencies) == 1
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_aligned_requests_into_aligned_memory_read_no_byte_more(
+    files: dict[int, Path], name: str
+) -> None:
+    backend = opened(files[PADDED], name)
+    memory = aligned_empty(8 * 4096).reshape(8, 4096)
+    batch = backend.submit([Request(i * 8192, [row]) for i, row in enumerate(memory)])
+    batch.wait()
+    backend.close()
+    assert batch.bytes_read == memory.nbytes
+    data = files[PADDED].read_bytes()
+    assert [row.tobytes() for row in memory] == [data[i * 8192 :][:4096] for i in range(8)]
+
+
+def test_direct_counts_the_bytes_that_widening_adds(files: dict[int, Path]) -> None:
+    backend = opened(files[PADDED], "direct")
+    unit = backend.offset_alignment
+    batch = backend.submit([Request(unit - 1, [np.empty(2, dtype=np.uint8)])])
+    batch.wait()
+    backend.close()
+    assert batch.bytes_read == 2 * unit
+
+
+@pytest.mark.parametrize("threads", [1, 3, 32])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_every_request_of_a_batch_is_served_and_checked_once(
+    files: dict[int, Path], name: str, threads: int
+) -> None:
+    data = files[PADDED].read_bytes()
+    places = np.random.default_rng(threads).integers(0, PADDED - 900, 500).tolist()
+    memory = np.empty((500, 900), dtype=np.uint8)
+    requests = [Request(place, [memory[i]], i) for i, place in enumerate(places)]
+    checked: list[tuple[int, bytes]] = []
+    backend = opened(files[PADDED], name, threads)
+    batch = backend.submit(requests, lambda r: checked.append((r.tag, r.views[0].tobytes())))
+    batch.wait()
+    backend.close()
+    assert sorted(checked) == [(i, data[place : place + 900]) for i, place in enumerate(places)]
+    assert len(batch.latencies) == 500
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_an_empty_batch_is_done_at_once(files: dict[int, Path], name: str) -> None:
+    backend = opened(files[PADDED], name)
+    batch = backend.submit([])
+    batch.wait()
+    backend.close()
+    assert (batch.bytes_read, batch.latencies) == (0, [])
+
+
+def test_dropping_the_cache_keeps_the_bytes(scratch: Path) -> None:
+    before = scratch.read_bytes()
+    drop_cache(scratch)
+    assert scratch.read_bytes() == before
+
+
+# Devices that stumble. A fault takes the place of one preadv call.
+
+Fault = Callable[[int, Any, int], int]
+
+
+def _brings(most: int) -> Fault:
+    """The first `most` bytes come, and rubbish after them."""
+
+    def short(fd: int, views: Any, offset: int) -> int:
+        count = min(_preadv(fd, views, offset), most)
+        left = count
+        for view in views:
+            view[left:] = GUARD
+            left = max(left - view.size, 0)
+        return count
+
+    return short
+
+
+def _raises(number: int) -> Fault:
+    def failing(fd: int, views: Any, offset: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    return failing
+
+
+def stumble(monkeypatch: pytest.MonkeyPatch, faults: Iterator[Fault]) -> None:
+    """Let the next calls of preadv meet the faults, one each, and those after them none."""
+
+    def preadv(fd: int, views: Any, offset: int, *flags: Any) -> int:
+        return next(faults, _preadv)(fd, views, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+
+
+PASSING: dict[str, Fault] = {
+    "one byte": _brings(1),
+    "600 bytes": _brings(600),
+    "a page": _brings(4096),
+    "no byte": _brings(0),
+    "EAGAIN": _raises(errno.EAGAIN),
+}
+
+
+@pytest.mark.parametrize("times", [1, 2, 5])
+@pytest.mark.parametrize("fault", PASSING)
+@pytest.mark.parametrize("shape", ["aligned, long", "offset and length odd", "odd views"])
+@pytest.mark.parametrize("name", ["direct", "buffered"])
+def test_a_fault_that_passes_is_not_seen(
+    files: dict[int, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    shape: str,
+    fault: str,
+    times: int,
+) -> None:
+    offset, lengths = SHAPES[shape]
+    views = [aligned_empty(length) for length in lengths]
+    backend = opened(files[PADDED], name, 1)
+    stumble(monkeypatch, iter([PASSING[fault]] * times))
+    backend.submit([Request(offset, views)]).wait()
+    backend.close()
+    expected = files[PADDED].read_bytes()[offset : offset + sum(lengths)]
+    assert b"".join(view.tobytes() for view in views) == expected
+
+
+@pytest.mark.parametrize("name", ["direct", "buffered"])
+def test_an_interrupted_read_is_begun_again(
+    files: dict[int, Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    backend = opened(files[PADDED], name, 1)
+    memory = np.empty(5000, dtype=np.uint8)
+    stumble(monkeypatch, iter([_raises(errno.EINTR)] * 3))
+    backend.submit([Request(12345, [memory])]).wait()
+    backend.close()
+    assert memory.tobytes() == files[PADDED].read_bytes()[12345:17345]
+
+
+LASTING: dict[str, tuple[Fault, str]] = {
+    "EIO": (_raises(errno.EIO), os.strerror(errno.EIO)),
+    "EAGAIN": (_raises(errno.EAGAIN), "short"),
+    "end of file": (_brings(0), "short"),
+}
+
+
+@pytest.mark.parametrize("fault", LASTING)
+@pytest.mark.parametrize("shape", ["aligned", "offset and length odd", "2000 odd views"])
+@pytest.mark.parametrize("name", ["direct", "buffered"])
+def test_a_fault_that_lasts_is_a_read_error_that_says_where(
+    files: dict[int, Path], monkeypatch: pytest.MonkeyPatch, name: str, shape: str, fault: str
+) -> None:
+    offset, lengths = SHAPES[shape]
+    what, message = LASTING[fault]
+    backend = opened(files[PADDED], name, 1)
+    requests = [Request(offset, memory_for(lengths)[1])]
+    with monkeypatch.context() as patch:
+        stumble(patch, iter([what] * 100))
+        with pytest.raises(ReadError, match=message) as caught:
+            backend.submit(requests).wait()
+    assert caught.value.file == str(files[PADDED])
+    assert caught.value.offset is not None
+    assert offset - backend.offset_alignment < caught.value.offset <= offset
+    backend.submit(requests).wait()  # the next batch finds the device well again
+    backend.close()
+    expected = files[PADDED].read_bytes()[offset : offset + sum(lengths)]
+    assert b"".join(view.tobytes() for view in requests[0].views) == expected
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_read_past_the_end_is_a_read_error(files: dict[int, Path], name: str) -> None:
+    for length, offset in ((PADDED, PADDED - 4096), (PADDED, PADDED + 4096), (ODD, ODD - 1)):
+        backend = opened(files[length], name)
+        memory = aligned_empty(8192)
+        with pytest.raises(ReadError) as caught:
+            backend.submit([Request(offset, [memory])]).wait()
+        assert str(files[length]) in str(caught.value)
+        backend.submit([Request(0, [memory])]).wait()
+        backend.close()
+        assert memory.tobytes() == files[length].read_bytes()[:8192]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_file_cut_while_it_is_open_is_a_read_error(scratch: Path, name: str) -> None:
+    backend = opened(scratch, name)
+    os.truncate(scratch, 8192)
+    with pytest.raises(ReadError):
+        backend.submit([Request(65536, [np.empty(100, dtype=np.uint8)])]).wait()
+    memory = np.empty(100, dtype=np.uint8)
+    backend.submit([Request(100, [memory])]).wait()
+    backend.close()
+    assert memory.tobytes() == scratch.read_bytes()[100:200]
+
+
+# Errors drain.
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_wait_raises_only_once_nothing_is_in_flight(files: dict[int, Path], name: str) -> None:
+    backend = opened(files[PADDED], name, 2)
+    memory = [np.empty(4096, dtype=np.uint8) for _ in range(2)]
+    under_way, failing = threading.Event(), threading.Event()
+    finished: list[int] = []
+
+    def check(request: Request) -> None:
+        if request.tag == "fails":
+            assert under_way.wait(PATIENCE)
+            failing.set()
+            raise FormatError("as asked")
+        under_way.set()
+        assert failing.wait(PATIENCE)
+        finished.append(sum(request.views[0].tolist() * 20))  # work that takes a moment
+
+    requests = [Request(0, [memory[0]], "fails"), Request(4096, [memory[1]], "slow")]
+    batch = backend.submit(requests, check)
+    with pytest.raises(FormatError, match="as asked"):
+        batch.wait()
+    assert len(finished) == 1
+    backend.submit(requests).wait()
+    backend.close()
+    data = files[PADDED].read_bytes()
+    assert [array.tobytes() for array in memory] == [data[:4096], data[4096:8192]]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_after_a_failure_no_new_request_is_begun(files: dict[int, Path], name: str) -> None:
+    backend = opened(files[PADDED], name, 1)
+    seen: list[int] = []
+
+    def check(request: Request) -> None:
+        seen.append(request.tag)
+        if request.tag == 3:
+            raise FormatError("the third")
+
+    requests = [Request(0, [np.empty(10, dtype=np.uint8)], tag) for tag in (1, 2, 3, 4, 5)]
+    batch = backend.submit(requests, check)
+    for _ in range(2):  # asked again, it fails again
+        with pytest.raises(FormatError, match="the third"):
+            batch.wait()
+    backend.close()
+    assert seen == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_failure_on_one_thread_stops_the_others(files: dict[int, Path], name: str) -> None:
+    backend = opened(files[PADDED], name, 2)
+    under_way, failing = threading.Event(), threading.Event()
+    seen: list[int] = []
+
+    def check(request: Request) -> None:
+        if request.tag == 0:
+            assert under_way.wait(PATIENCE)
+            failing.set()
+            raise FormatError("as asked")
+        under_way.set()
+        assert failing.wait(PATIENCE)
+        seen.append(sum(request.views[0].tolist() * 20))  # work that takes a moment
+
+    memory = np.empty(4096, dtype=np.uint8)
+    batch = backend.submit([Request(0, [memory], tag) for tag in range(300)], check)
+    with pytest.raises(FormatError, match="as asked"):
+        batch.wait()
+    backend.close()
+    assert 1 <= len(seen) < 299
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_failed_batch_leaves_others_in_flight_alone(files: dict[int, Path], name: str) -> None:
+    backend = opened(files[PADDED], name, 4)
+
+    def check(request: Request) -> None:
+        raise FormatError("as asked")
+
+    memory = np.empty((40, 700), dtype=np.uint8)
+    good = [Request(i * 700, [row]) for i, row in enumerate(memory)]
+    before = backend.submit(good[:20])
+    bad = backend.submit([Request(0, [np.empty(10, dtype=np.uint8)])] * 8, check)
+    after = backend.submit(good[20:])
+    after.wait()
+    before.wait()
+    with pytest.raises(FormatError):
+        bad.wait()
+    backend.close()
+    assert memory.tobytes() == files[PADDED].read_bytes()[: 40 * 700]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_closed_backend_refuses_and_may_be_closed_again(
+    files: dict[int, Path], name: str
+) -> None:
+    backend = opened(files[PADDED], name)
+    memory = np.empty(4096, dtype=np.uint8)
+    batch = backend.submit([Request(0, [memory])])
+    backend.close()  # waits for what is in flight
+    backend.close()
+    assert memory.tobytes() == files[PADDED].read_bytes()[:4096]
+    batch.wait()
+    with pytest.raises(UsageError, match="closed"):
+        backend.submit([Request(0, [memory])])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_closed_backend_holds_no_descriptor(files: dict[int, Path], name: str) -> None:
+    before = sorted(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names, not paths
+    backend = opened(files[PADDED], name)
+    backend.submit([Request(0, [np.empty(10, dtype=np.uint8)])]).wait()
+    backend.close()
+    assert sorted(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+# Files that appear whole or not at all.
+
+# A writer in a process of its own: it reports its temporary file, waits for a line, then ends well.
+WRITER = """
+import sys
+from bundlefmt.storage.atomic import replacing
+with replacing(sys.argv[1]) as file:
+    file.write(b"from the other writer")
+    print(file.name, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def _other_writer(target: Path) -> tuple[subprocess.Popen[str], Path]:
+    """A writer of `target` in the middle of its work, and its temporary file."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(target)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout is not None
+    return process, Path(process.stdout.readline().strip())
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_takes_its_name_only_when_the_block_ends(tmp_path: Path) -> None:
+    target = tmp_path / "model.bundle"
+    with replacing(target) as file:
+        file.write(b"whole")
+        assert not target.exists()
+    assert target.read_bytes() == b"whole"
+    assert _names(tmp_path) == ["model.bundle"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_nothing_is_left_when_the_block_raises(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), replacing(tmp_path / "model.bundle") as file:
+        file.write(b"half")
+        raise error
+    assert _names(tmp_path) == []
+
+
+def test_a_device_error_in_the_block_is_a_write_error(tmp_path: Path) -> None:
+    target = tmp_path / "model.bundle"
+    with pytest.raises(WriteError, match=os.strerror(errno.EIO)) as caught, replacing(target):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    assert caught.value.file == target
+    assert _names(tmp_path) == []
+
+
+def test_an_existing_file_is_kept_without_force(tmp_path: Path) -> None:
+    target = tmp_path / "model.bundle"
+    target.write_bytes(b"old")
+    with pytest.raises(UsageError, match="--force"), replacing(target):
+        pytest.fail("the block ran")
+    assert target.read_bytes() == b"old"
+    with pytest.raises(ValueError, match="halfway"), replacing(target, force=True) as file:
+        file.write(b"new")
+        raise ValueError("halfway")
+    assert target.read_bytes() == b"old"
+    with replacing(target, force=True) as file:
+        file.write(b"new")
+    assert target.read_bytes() == b"new"
+    assert _names(tmp_path) == ["model.bundle"]
+
+
+def test_a_folder_in_the_way_and_a_folder_missing_are_usage_errors(tmp_path: Path) -> None:
+    for target in (tmp_path, tmp_path / "missing" / "model.bundle"):
+        with pytest.raises(UsageError, match="folder"), replacing(target, force=True):
+            pytest.fail("the block ran")
+
+
+@pytest.mark.parametrize("name", ["model.bundle", "m[o]d?l*.bundle"])
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path, name: str) -> None:
+    target = tmp_path / name
+    writer, temporary = _other_writer(target)
+    writer.send_signal(signal.SIGKILL)
+    writer.communicate()
+    assert _names(tmp_path) == [temporary.name]
+    with replacing(target) as file:
+        assert not temporary.exists()
+        file.write(b"whole")
+    assert _names(tmp_path) == [name]
+
+
+def test_a_living_writers_file_is_let_be(tmp_path: Path) -> None:
+    target = tmp_path / "model.bundle"
+    writer, temporary = _other_writer(target)
+    with replacing(target) as file:
+        file.write(b"ours")
+    assert temporary.read_bytes() == b"from the other writer"
+    assert target.read_bytes() == b"ours"
+    writer.communicate("\n")
+    assert writer.returncode == 0
+    assert target.read_bytes() == b"from the other writer"
+    assert _names(tmp_path) == ["model.bundle"]
+
+
+def test_files_that_only_look_alike_are_let_be(tmp_path: Path) -> None:
+    others = [".model.bundle.swp", "model.bundle.partial", ".other.bundle.1-ab.partial"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"not ours")
+    with replacing(tmp_path / "model.bundle") as file:
+        file.write(b"whole")
+    assert _names(tmp_path) == sorted([*others, "model.bundle"])
+
+
+def test_too_little_free_space_is_named(tmp_path: Path) -> None:
+    require_free_space(tmp_path, 0)
+    with pytest.raises(WriteError, match="not enough free space") as caught:
+        require_free_space(tmp_path, 1 << 60)
+    assert caught.value.expected == f"{1 << 60:,} bytes"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        pytest.skip(f"cannot mount a small disk: {error.strerror}")
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_a_write_error_and_nothing_is_left(small_disk: Path) -> None:
+    target = small_disk / "model.bundle"
+    with pytest.raises(WriteError, match=os.strerror(errno.ENOSPC)) as caught:  # noqa: SIM117
+        with replacing(target) as file:
+            for _ in range(100):
+                file.write(bytes(65536))
+    assert caught.value.file == target
+    assert _names(small_disk) == []
+    with replacing(target) as file:
+        file.write(b"fits")
+    assert target.read_bytes() == b"fits"
