@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from bundlefmt.errors import FormatError, ReadError, UsageError, naming
 from bundlefmt.layout import dtypes, structure, superblock
-from bundlefmt.layout.constants import DATA_OFFSET
+from bundlefmt.layout.constants import DATA_OFFSET, MAX_ZSTD_WINDOW
 from bundlefmt.layout.header import Group, Header, Region, Span, Tensor
 from bundlefmt.layout.header import decode as decode_header
 from bundlefmt.layout.order import is_permutation
@@ -257,8 +257,9 @@ class BundleFile:
         passes the declared length."""
         declared = region.decoded_length or 0
         decoded = bytearray()
+        decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
         try:
-            with zstandard.ZstdDecompressor().stream_reader(bytes(data)) as stream:
+            with decompressor.stream_reader(bytes(data)) as stream:
                 while len(decoded) <= declared and (step := stream.read(_ZSTD_STEP)):
                     decoded += step
         except zstandard.ZstdError as error:

@@ -135,20 +135,21 @@ def read_slot(slot: memoryview) -> Superblock:
     return block
 
 
+def intact(slot: memoryview) -> bool:
+    (checksum,) = struct.unpack_from("<Q", slot, 0x48)
+    return slot[:8] == MAGIC and checksum == xxhash.xxh3_64_intdigest(slot[:0x48])
+
+
 def current_superblock(data: memoryview) -> Superblock:
     require(len(data) >= REGIONS_START, "file: shorter than its two slots")
-    valid, reasons = [], []
-    for start in SLOTS:
-        try:
-            valid.append(read_slot(data[start : start + SLOT_SIZE]))
-        except Refused as refused:
-            reasons.append(str(refused))
-    require(bool(valid), f"no valid slot: {reasons}")
-    first, last = valid[0], valid[-1]
+    slots = [data[start : start + SLOT_SIZE] for start in SLOTS]
+    found = [read_slot(slot) for slot in slots if intact(slot)]
+    require(bool(found), "no intact slot")
+    first, last = found[0], found[-1]
     require(first.file_id == last.file_id, "slots: different file_id")
     require(first.alignment == last.alignment, "slots: different alignment")
     require(first.generation != last.generation or first == last, "slots: one generation twice")
-    newest = max(valid, key=lambda block: block.generation)
+    newest = max(found, key=lambda block: block.generation)
     require(len(data) >= newest.file_length, "file: shorter than file_length")
     return newest
 
@@ -257,6 +258,24 @@ def check_file_name(name: str, where: str) -> None:
     require(len(name.encode()) <= 255, f"{where}: too long")
 
 
+def check_biases(header: dict[str, Any]) -> None:
+    tensors = {tensor["name"]: tensor for tensor in header["tensors"]}
+    for i, group in enumerate(header["groups"]):
+        for part in group["parts"]:
+            if part["bias"] is None:
+                continue
+            where = f"header.groups[{i}]: bias of {part['name']}"
+            require(part["bias"] in tensors, f"{where}: no such tensor")
+            tensor = tensors[part["bias"]]
+            require(tensor["dtype"] in ("F32", "F16", "BF16"), f"{where}: dtype")
+            require(len(tensor["shape"]) == 1, f"{where}: not one axis")
+            if part["name"] == "down":
+                require(tensor["shape"] == [group["d_model"]], f"{where}: length")
+            else:
+                start = part["source"]["start"] if part["source"] else 0
+                require(tensor["shape"][0] >= start + group["neurons"], f"{where}: length")
+
+
 def check_predictors(header: dict[str, Any]) -> None:
     groups = {(g["layer"], g["expert"]): g for g in header["groups"]}
     shapes = {t["name"]: t["shape"] for t in header["tensors"]}
@@ -326,6 +345,7 @@ def check_header(value: Any, block: Superblock) -> dict[str, Any]:
     for name in names:
         check_file_name(name, f"file {name!r}")
     check_regions(header, block)
+    check_biases(header)
     check_predictors(header)
     return header
 

@@ -63,7 +63,7 @@ def test_a_superblock_is_exactly_these_bytes() -> None:
 def test_every_field_of_a_superblock_comes_back() -> None:
     block = Superblock(
         alignment=65536,
-        generation=(1 << 64) - 1,
+        generation=(1 << 53) - 1,
         file_length=3 << 40,
         header_offset=(3 << 40) - 65536,
         header_length=65536,

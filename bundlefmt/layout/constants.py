@@ -23,6 +23,8 @@ MAX_INTEGER = (1 << 53) - 1  # what every JSON reader holds exactly
 MAX_NEURONS = 1 << 32  # an order is a table of u32
 MAX_NAME_LENGTH = 255  # of a blob or source file, in UTF-8 bytes
 
+MAX_ZSTD_WINDOW = 8 << 20  # bytes that a decoder may be made to reserve
+
 PARTS: tuple[PartName, ...] = ("gate", "up", "down")  # in the order in which a bundle holds them
 CHECKSUM_BYTES = 8  # one xxh3-64 in a checksum table
 ORDER_BYTES = 4  # one u32 in an order table

@@ -81,7 +81,8 @@ def _float_encoding(name: EncodingName, dtype: Any, largest: float) -> Encoding:
     kind = np.dtype(dtype)
 
     def encode(numbers: Floats) -> Bytes:
-        return np.ascontiguousarray(numbers.astype(kind)).view(np.uint8)
+        with np.errstate(invalid="ignore"):  # NaN stays NaN
+            return np.ascontiguousarray(numbers.astype(kind)).view(np.uint8)
 
     def decode(stored: Bytes) -> Floats:
         numbers: Floats = stored.view(kind).astype(np.float32)

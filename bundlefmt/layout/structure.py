@@ -22,7 +22,7 @@ from bundlefmt.layout.constants import (
     STRIDE_ALIGNMENTS,
 )
 from bundlefmt.layout.encodings import ENCODINGS
-from bundlefmt.layout.header import Group, Header, Part, Region, Span
+from bundlefmt.layout.header import Group, Header, Part, Region, Span, Tensor
 from bundlefmt.layout.superblock import Superblock
 
 
@@ -70,6 +70,7 @@ def faults(superblock: Superblock, header: Header) -> Iterator[FormatError]:
     yield from _group_faults(header)
     yield from _tensor_faults(header)
     yield from _name_faults(header)
+    yield from _bias_faults(header)
     yield from _predictor_faults(header)
     yield from _region_faults(superblock, header)
 
@@ -193,6 +194,31 @@ def _name_faults(header: Header) -> Iterator[FormatError]:
         seen.add(name)
 
 
+def _bias_faults(header: Header) -> Iterator[FormatError]:
+    tensors = {tensor.name: tensor for tensor in header.tensors}
+    for i, group in enumerate(header.groups):
+        for j, part in enumerate(group.parts):
+            if part.bias is None:
+                continue
+            start = part.source.start if part.source is not None else 0
+            needed = group.d_model if part.name == "down" else start + group.neurons
+            found = _vector_length(tensors.get(part.bias))
+            if found < needed or (part.name == "down" and found > needed):
+                yield _wrong(
+                    "bias missing or of the wrong shape",
+                    f"groups[{i}].parts[{j}].bias",
+                    f"a resident F32, F16 or BF16 tensor of {needed} numbers",
+                    part.bias,
+                )
+
+
+def _vector_length(tensor: Tensor | None) -> int:
+    """How many numbers a tensor of one axis and a float type holds; -1 for anything else."""
+    if tensor is None or tensor.dtype not in dtypes.ENCODING_OF or len(tensor.shape) != 1:
+        return -1
+    return tensor.shape[0]
+
+
 def _predictor_faults(header: Header) -> Iterator[FormatError]:
     groups = {(group.layer, group.expert): group for group in header.groups}
     shapes = {tensor.name: list(tensor.shape) for tensor in header.tensors}
@@ -207,7 +233,12 @@ def _predictor_faults(header: Header) -> Iterator[FormatError]:
             yield _wrong("two predictors for one group", field, "one", group.label)
         seen.add((predictor.layer, predictor.expert))
         a, b = shapes.get(predictor.a, []), shapes.get(predictor.b, [])
-        if len(a) != 2 or len(b) != 2 or [b[0], b[1], a[1]] != [group.neurons, a[0], group.d_model]:
+        fits = (
+            len(a) == len(b) == 2
+            and a[0] >= 1
+            and ([b[0], b[1], a[1]] == [group.neurons, a[0], group.d_model])
+        )
+        if not fits:
             yield _wrong(
                 "predictor of the wrong shape",
                 field,

@@ -128,19 +128,18 @@ def decode(slot: bytes, offset: int = 0) -> Superblock:
 def choose(slots: bytes) -> tuple[int, Superblock]:
     """The index and content of the slot in force, from a file's first DATA_OFFSET bytes.
 
-    Raises FormatError when no slot is valid, or when two valid ones contradict each other.
+    Raises FormatError when no slot is intact, or when an intact one breaks a rule or contradicts
+    the other.
     """
-    valid: list[tuple[int, Superblock]] = []
-    errors: list[FormatError] = []
+    found: list[tuple[int, Superblock]] = []
     for index, offset in enumerate(SLOT_OFFSETS):
-        try:
-            valid.append((index, decode(slots[offset : offset + SLOT_LENGTH], offset)))
-        except FormatError as error:
-            errors.append(error)
-    if not valid:
-        raise errors[0]
-    if len(valid) == 2:
-        (_, a), (_, b) = valid
+        slot = slots[offset : offset + SLOT_LENGTH]
+        if _intact(slot):
+            found.append((index, decode(slot, offset)))
+    if not found:
+        decode(slots[:SLOT_LENGTH])  # raises what is wrong with the first
+    if len(found) == 2:
+        (_, a), (_, b) = found
         if (a.file_id, a.alignment) != (b.file_id, b.alignment) or (
             a.generation == b.generation and a != b
         ):
@@ -151,7 +150,13 @@ def choose(slots: bytes) -> tuple[int, Superblock]:
                 expected=f"file {a.file_id.hex()} at another generation than {a.generation}",
                 found=f"file {b.file_id.hex()} at generation {b.generation}",
             )
-    return max(valid, key=lambda entry: entry[1].generation)
+    return max(found, key=lambda entry: entry[1].generation)
+
+
+def _intact(slot: bytes) -> bool:
+    """Whether magic and checksum are right: what a torn or damaged slot fails."""
+    (stored,) = _CHECKSUM.unpack(slot[_FIELDS.size : LENGTH])
+    return slot.startswith(MAGIC) and stored == xxhash.xxh3_64_intdigest(slot[: _FIELDS.size])
 
 
 def _check(superblock: Superblock, offset: int) -> None:
@@ -160,7 +165,7 @@ def _check(superblock: Superblock, offset: int) -> None:
     end = s.header_offset + s.header_length
     rules = (
         ("alignment", s.alignment in REGION_ALIGNMENTS, f"one of {REGION_ALIGNMENTS}"),
-        ("generation", s.generation >= 1, "at least 1"),
+        ("generation", 1 <= s.generation <= MAX_INTEGER, f"1..{MAX_INTEGER}"),
         (
             "header_offset",
             s.header_offset >= DATA_OFFSET and s.header_offset % (s.alignment or 1) == 0,
