@@ -18,6 +18,11 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def printable_text(text: str) -> str:
+    """Like `printable`, for text of several lines: line ends and tabs stay."""
+    return "".join(c if c in "\n\t" else printable(c) for c in text)
+
+
 class BundleError(Exception):
     """Base of all errors that bundlefmt raises on purpose.
 

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -185,23 +186,29 @@ class BundleFile:
         work here.
         """
         opened, fallback = open_backend(self.path, backend, threads)
-        if not os.path.samestat(os.fstat(self._fd), Path(self.path).stat()):
+        try:
+            same = os.path.samestat(os.fstat(self._fd), Path(self.path).stat())
+        except OSError:
+            same = False
+        if not same:
             opened.close()
             raise ReadError("another file has taken this name meanwhile", file=self.path)
         return Reader(self, opened, fallback=fallback, verify=verify)
 
     def region(self, region: Region, field: str) -> bytearray:
         """A region's bytes, checked against its checksum and decoded from its codec."""
-        data = self.read(region, field)
-        actual = xxhash.xxh3_64_hexdigest(data)
-        if actual != region.xxh3:
-            self._refuse(
-                "data damaged", field=field, span=region, expected=region.xxh3, found=actual
-            )
-        return data if region.codec == "raw" else self._decompress(data, region, field)
+        if region.codec == "raw":
+            return self._checked(region, field)
+        data = bytearray()
+        for piece in self.decoded_pieces(region, field):
+            data += piece
+        return data
 
     def read(self, span: Span, field: str) -> bytearray:
-        """The bytes of a span, unchecked. Raises ReadError when they cannot all be read."""
+        """The bytes of a span, unchecked. Raises ReadError when they cannot all be read,
+        UsageError when the file is closed."""
+        if self._fd < 0:
+            raise UsageError("the file is closed", file=self.path)
         data = bytearray(span.length)
         view = memoryview(data)
         done = 0
@@ -252,27 +259,39 @@ class BundleFile:
             )
         return chosen, decode_header(data)
 
-    def _decompress(self, data: bytearray, region: Region, field: str) -> bytearray:
-        """zstd frames decoded step by step: memory follows the bytes that really come, and never
-        passes the declared length."""
-        declared = region.decoded_length or 0
-        decoded = bytearray()
+    def decoded_pieces(self, region: Region, field: str) -> Iterator[bytes]:
+        """A region's bytes, checked against its checksum and decoded from its codec, piece by
+        piece: memory follows the bytes that really come, never what is declared."""
+        data = self._checked(region, field)
+        if region.codec == "raw":
+            yield bytes(data)
+            return
+        declared, length = region.decoded_length or 0, 0
         decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
         try:
-            with decompressor.stream_reader(bytes(data)) as stream:
-                while len(decoded) <= declared and (step := stream.read(_ZSTD_STEP)):
-                    decoded += step
+            with decompressor.stream_reader(bytes(data), read_across_frames=True) as stream:
+                while length <= declared and (piece := stream.read(_ZSTD_STEP)):
+                    length += len(piece)
+                    yield piece
         except zstandard.ZstdError as error:
             self._refuse(f"zstd: {error}", field=field, span=region)
-        if len(decoded) != declared:
+        if length != declared:
             self._refuse(
                 "decodes to another length",
                 field=field,
                 span=region,
                 expected=f"{declared} bytes",
-                found="more" if len(decoded) > declared else len(decoded),
+                found="more" if length > declared else length,
             )
-        return decoded
+
+    def _checked(self, region: Region, field: str) -> bytearray:
+        data = self.read(region, field)
+        actual = xxhash.xxh3_64_hexdigest(data)
+        if actual != region.xxh3:
+            self._refuse(
+                "data damaged", field=field, span=region, expected=region.xxh3, found=actual
+            )
+        return data
 
     def _refuse(
         self, what: str, *, field: str, span: Span | None = None, **compared: Any

@@ -46,6 +46,7 @@ class BenchRow:
     file: str
     reads: str  # "device" or "bundles"
     backend: str
+    fallback: str | None  # why it is not the first choice, where `auto` was asked for
     chunk_bytes: int
     neurons_per_chunk: int | None
     threads: int
@@ -137,7 +138,7 @@ def _bench_device(path: str, name: str, chunk: int, threads: int) -> BenchRow:
 
     @contextmanager
     def session() -> Iterator[Session]:
-        backend, _ = open_backend(path, name, threads)
+        backend, fallback = open_backend(path, name, threads)
         places = random.choice(size // chunk, count, replace=False).tolist()
         requests = [
             Request(place * chunk, [row]) for place, row in zip(places, memory, strict=True)
@@ -149,7 +150,7 @@ def _bench_device(path: str, name: str, chunk: int, threads: int) -> BenchRow:
             return batch.latencies
 
         try:
-            yield Session(backend.name, count * chunk, read)
+            yield Session(backend.name, fallback, count * chunk, read)
         finally:
             backend.close()
 
@@ -186,7 +187,9 @@ def _bench_bundles(file: BundleFile, name: str, chunk: int, threads: int, verify
                     batch.result()
                 return [latency for batch in pending for latency in batch.latencies]
 
-            yield Session(reader.backend, sum(out.nbytes for _, _, out in batches), read)
+            yield Session(
+                reader.backend, reader.fallback, sum(out.nbytes for _, _, out in batches), read
+            )
 
     setting = _Setting("bundles", neighbours * first.stride, neighbours, threads, verify)
     return _measure(file.path, session, setting)
@@ -207,6 +210,7 @@ class Session(NamedTuple):
     """An opened file, ready for one timed read of `nbytes`; `read` returns latencies in ns."""
 
     backend: str
+    fallback: str | None
     nbytes: int
     read: Callable[[], list[int]]
 
@@ -241,6 +245,7 @@ def _measure(
         file=path,
         reads=setting.reads,
         backend=opened.backend,
+        fallback=opened.fallback,
         chunk_bytes=setting.chunk,
         neurons_per_chunk=setting.neighbours,
         threads=setting.threads,

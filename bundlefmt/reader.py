@@ -23,13 +23,12 @@ from bundlefmt.layout.arithmetic import round_down
 from bundlefmt.layout.encodings import numbers_in
 from bundlefmt.layout.header import Group
 from bundlefmt.layout.order import slots_of
-from bundlefmt.storage.backends import Backend, Batch, Request
+from bundlefmt.storage.backends import MAX_VIEWS, Backend, Batch, Request
 from bundlefmt.storage.buffers import aligned_empty
 
 # A longer run is split so that several threads share it. 256 KiB and up reach an NVMe's
 # sequential rate: `bundlefmt bench --chunk-size 64K,256K,1M` measures it again.
 MAX_REQUEST = 1 << 20
-MAX_VIEWS = 1024  # of one scatter read: IOV_MAX on Linux
 
 Neurons = Sequence[int] | NDArray[np.integer[Any]]
 
@@ -46,7 +45,7 @@ class Catalogue(Protocol):
 
 @dataclass
 class ReadStats:
-    """Counters since a reader was opened; bytes and requests are the backend's."""
+    """Counters since a reader was opened, of batches that have succeeded."""
 
     requests: int = 0
     bundles: int = 0
@@ -103,11 +102,13 @@ class Pending:
         self,
         reads: Batch,
         bundles: Bundles,
+        asked: ReadStats,
         stats: ReadStats,
         duplicates: tuple[NDArray[np.int64], NDArray[np.int64]],
     ):
         self._reads = reads
         self._bundles = bundles
+        self._asked = asked
         self._stats = stats
         self._duplicates = duplicates
         self._done = False
@@ -123,6 +124,9 @@ class Pending:
             start = time.perf_counter()
             self._reads.wait()
             self._stats.seconds += time.perf_counter() - start
+            self._stats.requests += self._asked.requests
+            self._stats.bundles += self._asked.bundles
+            self._stats.bytes_asked += self._asked.bytes_asked
             self._stats.bytes_read += self._reads.bytes_read
             twins, firsts = self._duplicates
             if twins.size:
@@ -253,10 +257,12 @@ class Reader:
         requests = placed.requests(skip)
         check = self._checker(placed, ids) if self.verify else None
         reads = self._backend.submit(requests, check)
-        self.stats.requests += len(requests)
-        self.stats.bundles += placed.rows.size
-        self.stats.bytes_asked += placed.rows.size * (group.used - held)
-        return Pending(reads, Bundles(group, ids, rows), self.stats, duplicates)
+        asked = ReadStats(
+            requests=len(requests),
+            bundles=placed.rows.size,
+            bytes_asked=placed.rows.size * (group.used - held),
+        )
+        return Pending(reads, Bundles(group, ids, rows), asked, self.stats, duplicates)
 
     def _check_ids(self, group: Group, neurons: Neurons) -> NDArray[np.int64]:
         try:

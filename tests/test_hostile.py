@@ -534,3 +534,34 @@ def test_a_deeply_nested_config_does_not_kill_the_process(tmp_path: Path) -> Non
     assert done.returncode == 1
     assert "bundlefmt.errors.FormatError" in done.stderr
     assert "config.json: not JSON" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"tensor": "norm", "start": 1},  # a resident tensor: what it says is not written there
+        {"tensor": "norm", "axis": 1, "start": 1 << 40},
+    ],
+    ids=str,
+)
+def test_a_part_cannot_write_into_a_tensor_that_it_does_not_make_up(
+    source: dict[str, Any], tmp_path: Path
+) -> None:
+    header = header_of(PLAIN)
+    header["groups"][0]["parts"][0]["source"] = source
+    path = tmp_path / "x.bundle"
+    path.write_bytes(with_header(PLAIN, json.dumps(header).encode()))
+    with pytest.raises(FormatError, match="does not hold this tensor whole"):
+        bundlefmt.unpack(path, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_verifying_a_compressed_tensor_takes_no_memory_for_what_it_decodes_to(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "x.bundle"
+    zeros = zstandard.ZstdCompressor().compressobj()
+    frame = b"".join(zeros.compress(bytes(1 << 20)) for _ in range(64)) + zeros.flush()
+    path.write_bytes(compressed_blob(frame, 64 << 20))
+    assert peak_of(lambda: bundlefmt.verify(path)) < 8 << 20
+    assert bundlefmt.verify(path).ok

@@ -15,7 +15,9 @@ from safetensors.numpy import save_file
 import bundlefmt
 from bundlefmt.runtime import kernels
 from bundlefmt.runtime.config import decoder_config
+from bundlefmt.runtime.ffn import Streamer
 from bundlefmt.runtime.generate import Model
+from bundlefmt.storage.buffers import aligned_empty
 from tests.conftest import FIXTURES, SHARED
 from tests.references import openelm
 
@@ -152,7 +154,7 @@ def test_published_openelm_configurations_have_their_parameters(size: str, param
     config = openelm.PUBLISHED[size]
     assert openelm.parameter_count(config) == parameters
     # The loop's reading of the same config, with the widths of the reference's tensors.
-    decoder = decoder_config(config)
+    decoder = decoder_config(config, config["num_transformer_layers"])
     shapes = openelm.tensor_shapes(config)
     d, dim = decoder.d_model, decoder.head_dim
     total = config["vocab_size"] * d + d
@@ -300,7 +302,7 @@ def test_an_unknown_rope_scaling_is_refused_by_name() -> None:
     config = json.loads((FIXTURES / "llama" / "config.json").read_text())
     config["rope_parameters"] = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 2.0}
     with pytest.raises(bundlefmt.UsageError, match="found yarn"):
-        decoder_config(config)
+        decoder_config(config, 2)
 
 
 def test_a_damaged_bundle_stops_the_run_with_its_place(demo_bundle: Path, tmp_path: Path) -> None:
@@ -315,3 +317,135 @@ def test_a_damaged_bundle_stops_the_run_with_its_place(demo_bundle: Path, tmp_pa
         pytest.raises(bundlefmt.FormatError, match="layer 2, neuron 7"),
     ):
         model.generate([50], 1)
+
+
+def edited_config(case: str, folder: Path, **changes: Any) -> Path:
+    """The case's checkpoint with other values in its config.json, packed."""
+    model = folder / "model"
+    model.mkdir()
+    config = json.loads((FIXTURES / case / "config.json").read_text()) | changes
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "model.safetensors").symlink_to(FIXTURES / case / "model.safetensors")
+    bundlefmt.pack(model, folder / "model.bundle")
+    return folder / "model.bundle"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_attention_heads": 3},
+        {"num_attention_heads": 0},
+        {"num_key_value_heads": 3},
+        {"hidden_size": 64},
+        {"hidden_size": "wide"},
+        {"head_dim": 7},
+        {"head_dim": 1 << 40},
+        {"num_hidden_layers": 1},
+        {"num_hidden_layers": 10**9},
+        {"max_position_embeddings": "x"},
+        {"rms_norm_eps": None},
+        {"sliding_window": -4, "model_type": "mistral"},
+        {"eos_token_id": [[1]]},
+    ],
+    ids=str,
+)
+def test_a_config_that_does_not_fit_its_tensors_is_a_format_error(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(bundlefmt.FormatError):
+        bundlefmt.load_model(edited_config("llama", tmp_path, **changes))
+
+
+@pytest.mark.parametrize("model_type", [["llama"], None, 3])
+def test_a_model_type_that_is_no_name_is_refused(model_type: Any, tmp_path: Path) -> None:
+    with pytest.raises(bundlefmt.UsageError, match="model_type"):
+        bundlefmt.load_model(edited_config("llama", tmp_path, model_type=model_type))
+
+
+@pytest.mark.parametrize(
+    ("config", "windows"),
+    [
+        ({"model_type": "mistral", "sliding_window": 8}, [8, 8, 8]),
+        ({"model_type": "mistral", "sliding_window": None}, [None] * 3),
+        ({"model_type": "qwen2", "sliding_window": 8}, [None] * 3),
+        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True}, [None] * 3),
+        (
+            {
+                "model_type": "qwen2",
+                "sliding_window": 8,
+                "use_sliding_window": True,
+                "max_window_layers": 1,
+            },
+            [None, 8, 8],
+        ),
+        (
+            {
+                "model_type": "qwen3",
+                "sliding_window": 8,
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            },
+            [8, None, 8],
+        ),
+    ],
+)
+def test_sliding_windows_hold_for_the_layers_that_the_config_means(
+    config: dict[str, Any], windows: list[int | None]
+) -> None:
+    numbers = {
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 3,
+        "rms_norm_eps": 1e-6,
+    }
+    decoder = decoder_config({**numbers, **config}, 3)
+    assert [layer.window for layer in decoder.layers] == windows
+
+
+def test_more_tokens_than_the_context_are_refused_before_the_first(demo_bundle: Path) -> None:
+    with bundlefmt.load_model(demo_bundle) as model:
+        with pytest.raises(bundlefmt.UsageError, match="context"):
+            model.tokens([50] * 250, 20)
+        assert model.reader.stats.bytes_read == 0
+        assert len(model.generate([50] * 250, 7)) <= 7
+
+
+def test_a_long_prompt_gives_the_logits_of_its_pieces(demo_bundle: Path) -> None:
+    ids = np.random.default_rng(2).integers(3, 1000, 256)
+    with bundlefmt.load_model(demo_bundle) as model:
+        whole = model.logits(ids)
+        cache = model.decoder.new_cache()
+        pieces = [
+            model.decoder.logits(model.decoder.forward(piece.tolist(), cache))
+            for piece in np.split(ids, [3, 200])
+        ]
+        assert_close(np.concatenate(pieces), whole)
+
+
+def test_stopping_early_leaves_no_read_behind(demo_bundle: Path) -> None:
+    with bundlefmt.load_model(demo_bundle) as model:
+        group = model.file.group(0)
+        streamer = Streamer(model.reader)
+        streamer._buffers = [aligned_empty(4 * group.stride) for _ in range(2)]
+        ids = np.tile(np.arange(group.neurons), 20)
+        pieces = streamer.bundles(group, ids)
+        next(pieces)
+        pieces.close()
+        before = model.reader.stats.bundles
+        assert before > 0
+        again = next(streamer.bundles(group, np.array([7, 3])))
+        assert again.raw.tobytes() == model.reader.read(0, [7, 3]).raw.tobytes()
+
+
+def test_the_end_of_text_tokens_of_the_generation_config_count(tmp_path: Path) -> None:
+    expected = reference("llama")
+    decoded = expected["decoded"].tolist()
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).symlink_to(FIXTURES / "llama" / name)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": decoded[2]}))
+    bundlefmt.pack(folder, tmp_path / "model.bundle")
+    with bundlefmt.load_model(tmp_path / "model.bundle") as model:
+        made = model.generate(expected["prompt"].tolist(), 16)
+    assert made == decoded[: decoded.index(decoded[2]) + 1]

@@ -696,7 +696,7 @@ BAD_VERIFY: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "blob-damaged": (flipped(lambda h: h["blobs"][0]["data"]["offset"]), "blobs[0].data"),
     "gap-not-zero": (flipped(lambda h: group(h)["bundles"]["offset"] + 4095), "gap"),
     "end-not-zero": (lambda data: data[:-1] + b"\1", "gap"),
-    "padding-not-zero": (dirty_padding, "layer 0, bundle padding"),
+    "padding-not-zero": (dirty_padding, "bundle padding"),
     "order-not-permutation": (bad_order, "layer 0"),
     "decoded-length": (wrong_decoded_length, "blobs[0].data"),
 }

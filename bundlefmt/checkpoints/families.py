@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from bundlefmt.checkpoints.sources import SourceTensor
@@ -44,6 +44,7 @@ class Family:
     rules: tuple[FfnRule, ...]
     activation: str
     activation_keys: tuple[str, ...] = ("hidden_act", "hidden_activation", "activation_function")
+    aliases: Mapping[str, str] = field(default_factory=dict)  # activations that mean another here
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,13 @@ _LLAMA_MLP = _gated("layers.{i}.mlp", "gate_proj", "up_proj", "down_proj")
 FAMILIES = (
     Family("opt", ("opt",), (_plain("decoder.layers.{i}.fc1", "decoder.layers.{i}.fc2"),), "relu"),
     Family("llama", ("llama", "mistral", "qwen2", "qwen3"), (_LLAMA_MLP,), "silu"),
-    Family("gemma", ("gemma", "gemma2", "gemma3_text"), (_LLAMA_MLP,), "gelu_tanh"),
+    Family(
+        "gemma",
+        ("gemma", "gemma2", "gemma3_text"),
+        (_LLAMA_MLP,),
+        "gelu_tanh",
+        aliases={"gelu": "gelu_tanh"},
+    ),
     Family("phi", ("phi",), (_plain("layers.{i}.mlp.fc1", "layers.{i}.mlp.fc2"),), "gelu_new"),
     Family("phi3", ("phi3",), (_fused("layers.{i}.mlp", "gate_up_proj", "down_proj"),), "silu"),
     Family(
@@ -208,6 +215,7 @@ def activation_of(family: Family, config: Mapping[str, Any]) -> Activation:
     """The activation of a model's FFNs."""
     found = next((config[key] for key in family.activation_keys if config.get(key)), None)
     name = family.activation if found is None else str(found)
+    name = family.aliases.get(name, name)
     threshold = config.get("hidden_act_param") if name == "fatrelu" else None
     if threshold is not None and not isinstance(threshold, int | float):
         field = "config.json, hidden_act_param"

@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 
 from bundlefmt.cli import arguments, output
+from bundlefmt.errors import printable_text
 
 HELP = "generate text, with the FFN read from flash"
 MODES = ("dense", "exact")
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     def show(piece: str) -> None:
         nonlocal unshown
         if not args.json:
-            sys.stdout.write(unshown + piece)
+            sys.stdout.write(printable_text(unshown + piece))
             sys.stdout.flush()
             unshown = ""
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def unpack(
     start = time.perf_counter()
     target = Path(folder)
     with BundleFile(path) as file, ExitStack() as stack, naming(path):
-        outputs = [_Output(file, source) for source in file.header.sources]
+        outputs = _outputs(file)
         blobs = {name: file.blob(name) for name in file.blob_names}
         sizes = [output.nbytes for output in outputs] + [len(data) for data in blobs.values()]
         try:
@@ -92,18 +93,42 @@ def unpack(
     )
 
 
+def _outputs(file: BundleFile) -> list[_Output]:
+    """The safetensors files to write. Raises FormatError when two of them hold one tensor."""
+    sources: dict[str, list[Placement]] = defaultdict(list)
+    for group in file.groups:
+        for part in group.parts:
+            if part.source is not None:
+                sources[part.source.tensor].append((group, part, part.source))
+    resident = set(file.tensor_names)
+    outputs = [_Output(file, source, resident, sources) for source in file.header.sources]
+    seen: set[str] = set()
+    for output in outputs:
+        for name in output.tensors:
+            if name in seen:
+                raise FormatError("tensor in two source files", field=name)
+            seen.add(name)
+    return outputs
+
+
 class _Output:
     """One safetensors file to write: its header and where each tensor goes."""
 
-    def __init__(self, file: BundleFile, source: SourceFile) -> None:
+    def __init__(
+        self,
+        file: BundleFile,
+        source: SourceFile,
+        resident: set[str],
+        sources: Mapping[str, list[Placement]],
+    ) -> None:
         self.name = source.name
         self.fd = -1
         self.header = bytes(file.region(source.header, source.name))
         original = parse_header(Path(source.name), self.header)
         self.placements = {
-            tensor.name: _placements(file, tensor)
+            tensor.name: _tiling(tensor, sources.get(tensor.name, []))
             for tensor in original
-            if tensor.name not in file.tensor_names
+            if tensor.name not in resident
         }
         stored = {tensor.name: _stored_dtype(self.placements, tensor) for tensor in original}
         self.reencoded = [
@@ -122,19 +147,15 @@ class _Output:
         self.nbytes = 8 + len(self.header) + sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def _placements(file: BundleFile, tensor: SourceTensor) -> list[Placement]:
-    """The parts that make up a tensor. Raises FormatError unless they tile it exactly."""
-    found = [
-        (group, part, part.source)
-        for group in file.groups
-        for part in group.parts
-        if part.source is not None and part.source.tensor == tensor.name
-    ]
-    found.sort(key=lambda placement: placement[2].start)
+def _tiling(tensor: SourceTensor, parts: list[Placement]) -> list[Placement]:
+    """The parts that make up a tensor, in order. Raises FormatError unless they tile it."""
+    found = sorted(parts, key=lambda placement: placement[2].start)
     end = 0
     for group, _, source in found:
         fits = len(tensor.shape) == 2 and (
-            tensor.shape[1 - source.axis] == group.d_model and source.start == end
+            source.axis == found[0][2].axis
+            and tensor.shape[1 - source.axis] == group.d_model
+            and source.start == end
         )
         if not fits:
             break
@@ -193,7 +214,7 @@ class _Unpack:
         homes: dict[str, _Output] = {}
         for output in self._outputs:
             self._put(output, 0, len(output.header).to_bytes(8, "little") + output.header)
-            homes |= dict.fromkeys(output.tensors, output)
+            homes |= dict.fromkeys(output.placements, output)
             for tensor in output.tensors.values():
                 if tensor.name not in output.placements:
                     self._put(output, tensor.offset, self._file.tensor_bytes(tensor.name))

@@ -17,7 +17,7 @@ from bundlefmt.errors import UsageError, WriteError, naming
 from bundlefmt.file import BundleFile
 from bundlefmt.layout import dtypes, superblock
 from bundlefmt.layout.constants import DATA_OFFSET
-from bundlefmt.layout.header import Blob, Predictor, Region, Tensor
+from bundlefmt.layout.header import Blob, Header, Predictor, Region, Tensor
 from bundlefmt.layout.superblock import Superblock
 
 
@@ -59,8 +59,31 @@ def _append(
 ) -> Superblock:
     with BundleFile(path) as file:
         header, current = file.header, file.superblock
-    slot, _ = superblock.choose(os.pread(fd, DATA_OFFSET, 0))
+    slot, locked = superblock.choose(os.pread(fd, DATA_OFFSET, 0))
+    if locked != current:
+        raise UsageError("another file has taken this name meanwhile")
     os.ftruncate(fd, current.file_length)  # what an interrupted update left
+    try:
+        following = _append_regions(fd, header, current, tensors, blobs, predictors)
+        os.fsync(fd)
+    except BaseException:
+        os.ftruncate(fd, current.file_length)
+        raise
+    writer = RegionWriter(fd, current.alignment, following.file_length)
+    writer.superblock(following, slots=[1 - slot])
+    os.fsync(fd)
+    return following
+
+
+def _append_regions(
+    fd: int,
+    header: Header,
+    current: Superblock,
+    tensors: Mapping[str, NDArray[Any]],
+    blobs: Mapping[str, bytes],
+    predictors: Sequence[Predictor],
+) -> Superblock:
+    """Append what is new and the header; returns the superblock that will bring it into force."""
     writer = RegionWriter(fd, current.alignment, current.file_length)
     replaced = [tensor.data for tensor in header.tensors if tensor.name in tensors]
     replaced += [blob.data for blob in header.blobs if blob.name in blobs]
@@ -77,11 +100,7 @@ def _append(
         + list(predictors),
         retired=[*header.retired, *replaced, old_header],
     )
-    following = writer.header(updated, current.generation + 1, current.file_id)
-    os.fsync(fd)
-    writer.superblock(following, slots=[1 - slot])
-    os.fsync(fd)
-    return following
+    return writer.header(updated, current.generation + 1, current.file_id)
 
 
 def _tensor(writer: RegionWriter, name: str, array: NDArray[Any]) -> Tensor:

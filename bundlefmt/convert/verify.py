@@ -50,7 +50,8 @@ def verify(
     path: str | os.PathLike[str], *, quick: bool = False, progress: Progress = silent
 ) -> VerifyReport:
     """Check a bundle file: superblocks, header, structure, every checksum, orders, zero gaps and
-    padding. `quick` leaves out the bulk: bundles, tensors and gaps.
+    padding. `quick` leaves out the bulk: bundles, resident tensors and parts, retired regions and
+    gaps.
 
     Faults of the file are reported, not raised. Raises UsageError when there is no such file,
     ReadError when the device fails.
@@ -119,7 +120,7 @@ class _Check:
             self._count(SLOT_LENGTH)
 
     def _attempt(self, extent: Extent) -> None:
-        if self._report.quick and not (extent.table or extent.field.startswith("blobs")):
+        if self._report.quick and not extent.small:
             return
         try:
             self._extent(extent)
@@ -130,11 +131,12 @@ class _Check:
         span, group = extent.span, extent.group
         if isinstance(span, Region):
             if span.codec != "raw":
-                self._file.region(span, extent.field)
+                for _ in self._file.decoded_pieces(span, extent.field):
+                    pass  # each piece is checked as it comes, and dropped
                 self._count(span.length)
             else:
                 self._region(span, extent.field)
-            if extent.table and group is not None:
+            if extent.small and group is not None:
                 self._file.order(group)
         elif group is not None:
             self._bundles(group)
@@ -180,7 +182,10 @@ class _Check:
                         )
                     )
             for begin, end in holes:
-                self._zero(rows[:, begin:end], offset, f"{group.label}, bundle padding")
+                dirty = np.flatnonzero(rows[:, begin:end].any(axis=1))
+                if dirty.size:
+                    at = offset + int(dirty[0]) * group.stride
+                    self._zero(rows[dirty[0], begin:end], at + begin, "bundle padding")
 
     def _gap(self, begin: int, end: int) -> None:
         if self._report.quick:
@@ -189,14 +194,15 @@ class _Check:
             self._zero(data, offset, "gap")
 
     def _zero(self, data: bytes | NDArray[np.uint8], offset: int, field: str) -> None:
-        """Note a fault unless all bytes of what lies at `offset` are zero."""
-        if np.any(np.frombuffer(data, dtype=np.uint8) if isinstance(data, bytes) else data):
+        """Note a fault at the first byte that is not zero of what lies at `offset`."""
+        found = np.flatnonzero(np.frombuffer(data, dtype=np.uint8))
+        if found.size:
             self._fault(
                 FormatError(
-                    "bytes that must be zero are not",
+                    "a byte that must be zero is not",
                     file=self._file.path,
                     field=field,
-                    offset=offset,
+                    offset=offset + int(found[0]),
                 )
             )
 

@@ -1,4 +1,4 @@
-"""Orders: which neuron lies in which slot of a group's region (spec, section 5)."""
+"""Orders: which neuron lies in which slot of a group's region (spec, sections 4.3 and 7)."""
 
 from __future__ import annotations
 

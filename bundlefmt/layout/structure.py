@@ -27,14 +27,14 @@ from bundlefmt.layout.superblock import Superblock
 
 
 class Extent(NamedTuple):
-    """A span of the file with the header field that declares it. `table` says whether it is one
-    of the small tables (checksums, orders) that a reader needs whole, `packable` whether it may
-    have a codec."""
+    """A span of the file with the header field that declares it. `group` is given for bundles and
+    orders; `small` says that it is a table or a carried file rather than bulk, `packable` that it
+    may have a codec."""
 
     field: str
     span: Span
     group: Group | None = None
-    table: bool = False
+    small: bool = False
     packable: bool = False
 
 
@@ -43,18 +43,18 @@ def extents(header: Header) -> Iterator[Extent]:
     for i, group in enumerate(header.groups):
         field = f"groups[{i}]"
         yield Extent(f"{field}.bundles", group.bundles, group)
-        yield Extent(f"{field}.checksums", group.checksums, table=True)
+        yield Extent(f"{field}.checksums", group.checksums, small=True)
         if group.order is not None:
-            yield Extent(f"{field}.order", group.order, group, table=True)
+            yield Extent(f"{field}.order", group.order, group, small=True)
         for j, part in enumerate(group.parts):
             if part.resident is not None:
                 yield Extent(f"{field}.parts[{j}].resident", part.resident)
     for i, tensor in enumerate(header.tensors):
         yield Extent(f"tensors[{i}].data", tensor.data, packable=True)
     for i, blob in enumerate(header.blobs):
-        yield Extent(f"blobs[{i}].data", blob.data, packable=True)
+        yield Extent(f"blobs[{i}].data", blob.data, small=True, packable=True)
     for i, source in enumerate(header.sources):
-        yield Extent(f"sources[{i}].header", source.header, packable=True)
+        yield Extent(f"sources[{i}].header", source.header, small=True, packable=True)
     for i, region in enumerate(header.retired):
         yield Extent(f"retired[{i}]", region)
 

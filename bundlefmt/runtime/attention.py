@@ -8,7 +8,9 @@ from numpy.typing import NDArray
 from bundlefmt.runtime import kernels
 from bundlefmt.runtime.config import Attention, DecoderConfig, Rope
 from bundlefmt.runtime.kernels import Floats
-from bundlefmt.runtime.weights import Linear, Weights
+from bundlefmt.runtime.weights import Linear, Norm, Weights
+
+_QUERIES = 256  # tokens of a prompt whose scores are in memory at once
 
 
 class LayerCache:
@@ -40,13 +42,18 @@ class AttentionLayer:
         self.shape: Attention = config.layers[layer]
         self._head_dim = config.head_dim
         self._rope = config.rope
-        if "qkv" in config.names:
-            self._projections = [weights.linear("qkv", layer)]
-        else:
-            self._projections = [weights.linear(role, layer) for role in ("q", "k", "v")]
-        self._out: Linear = weights.linear("out", layer)
-        self._q_norm = weights.optional_norm("q_norm", layer)
-        self._k_norm = weights.optional_norm("k_norm", layer)
+        q = self.shape.heads * config.head_dim
+        kv = self.shape.kv_heads * config.head_dim
+        roles = {"qkv": q + 2 * kv} if "qkv" in config.names else {"q": q, "k": kv, "v": kv}
+        self._projections = [
+            weights.linear(role, layer, width, config.d_model) for role, width in roles.items()
+        ]
+        self._out: Linear = weights.linear("out", layer, config.d_model, q)
+        self._head_norms: list[Norm] = []
+        if config.head_norms:
+            self._head_norms = [
+                weights.norm(role, config.head_dim, layer) for role in ("q_norm", "k_norm")
+            ]
 
     def new_cache(self) -> LayerCache:
         """An empty cache for this layer."""
@@ -59,20 +66,31 @@ class AttentionLayer:
         joined = np.concatenate([projection(x) for projection in self._projections], axis=1)
         split = joined.reshape(tokens, heads + 2 * kv_heads, self._head_dim).transpose(1, 0, 2)
         q, k, v = split[:heads], split[heads : heads + kv_heads], split[heads + kv_heads :]
-        if self._q_norm is not None and self._k_norm is not None:
-            q, k = self._q_norm(q), self._k_norm(k)
+        if self._head_norms:
+            q, k = (norm(heads) for norm, heads in zip(self._head_norms, (q, k), strict=True))
         if self._rope is not None:
             angles = _angles(self._rope, before, tokens)
             q, k = _rotate(q, angles), _rotate(k, angles)
         keys, values = cache.extend(k, v)
 
-        grouped = q.reshape(kv_heads, heads // kv_heads * tokens, self._head_dim)
-        scores = grouped @ keys.transpose(0, 2, 1) * np.float32(self._head_dim**-0.5)
-        scores = scores.reshape(heads, tokens, cache.length)
-        scores[:, ~self._visible(before, tokens)] = -np.inf
-        shares = kernels.softmax(scores).reshape(kv_heads, -1, cache.length)
-        mixed = (shares @ values).reshape(heads, tokens, self._head_dim)
+        mixed = np.empty(q.shape, dtype=np.float32)
+        for start in range(0, tokens, _QUERIES):
+            some = slice(start, min(start + _QUERIES, tokens))
+            mixed[:, some] = self._mix(q[:, some], keys, values, before + start)
         return self._out(np.ascontiguousarray(mixed.transpose(1, 0, 2)).reshape(tokens, -1))
+
+    def _mix(self, q: Floats, keys: Floats, values: Floats, before: int) -> Floats:
+        """Values mixed by attention, for queries [heads, n, head_dim] of the tokens from position
+        `before` on."""
+        kv_heads, seen = keys.shape[0], before + q.shape[1]
+        keys, values = keys[:, :seen], values[:, :seen]
+        grouped = q.reshape(kv_heads, -1, self._head_dim)
+        scores = grouped @ keys.transpose(0, 2, 1) * np.float32(self._head_dim**-0.5)
+        scores = scores.reshape(*q.shape[:2], seen)
+        scores[:, ~self._visible(before, q.shape[1])] = -np.inf
+        shares = kernels.softmax(scores).reshape(kv_heads, -1, seen)
+        mixed: Floats = (shares @ values).reshape(q.shape)
+        return mixed
 
     def _visible(self, before: int, tokens: int) -> NDArray[np.bool_]:
         """[tokens, before + tokens]: which tokens each new token sees."""

@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from bundlefmt.errors import FormatError, UsageError
 
 
+_MAX_HEAD_DIM = 1 << 16  # no model is near it: a config that lies makes no large table
+
+
 @dataclass(frozen=True)
 class Attention:
     """One layer's attention: heads, key/value heads, and how far back a token sees (None: to the
@@ -37,7 +40,8 @@ class Rope:
 @dataclass(frozen=True)
 class DecoderConfig:
     """A decoder-only model. `norm` is `layer` or `rms`; `norm_first` says whether a block's norm
-    stands before it or after the residual sum. Learned positions start at row
+    stands before it or after the residual sum, `final_norm` whether one follows the last layer,
+    `head_norms` whether q and k have one per head. Learned positions start at row
     `position_offset`."""
 
     d_model: int
@@ -47,14 +51,16 @@ class DecoderConfig:
     norm: str
     norm_epsilon: float
     norm_first: bool = True
+    final_norm: bool = True
+    head_norms: bool = False
     rope: Rope | None = None
     position_offset: int | None = None
     context: int | None = None
     eos: frozenset[int] = frozenset()
 
 
-# role -> suffix of the tensor's name. A role that a checkpoint lacks is left out of the
-# arithmetic where that makes sense (biases, projections, q/k norms, a final norm).
+# role -> suffix of the tensor's name. A head that a checkpoint lacks is tied to the embeddings;
+# biases and projections that it lacks are left out.
 _LLAMA_NAMES = {
     "embed": "embed_tokens.weight",
     "head": "lm_head.weight",
@@ -97,14 +103,14 @@ _OPENELM_NAMES = {
 }
 
 
-def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """The decoder that a config.json describes.
+def decoder_config(config: Mapping[str, Any], layers: int) -> DecoderConfig:
+    """The decoder that a config.json describes, of a file with FFNs for that many layers.
 
     Raises UsageError for a `model_type` or variant that this runtime does not compute, FormatError
-    for a config that lacks a number.
+    for a config that lacks a number or does not fit the file.
     """
     model_type = config.get("model_type")
-    if model_type not in _DECODERS:
+    if not isinstance(model_type, str) or model_type not in _DECODERS:
         raise UsageError(
             "this runtime does not compute such models",
             field="config.json, model_type",
@@ -112,49 +118,77 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
             found=model_type,
         )
     try:
-        return _DECODERS[model_type](config)
+        decoder = _DECODERS[model_type](config, layers)
+        _check(decoder, layers)
+        return decoder
     except KeyError as error:
         raise FormatError(
             "missing from the config", field=f"config.json, {error.args[0]}"
         ) from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise FormatError(f"config not understood: {error}", field="config.json") from None
 
 
-def _llama(config: Mapping[str, Any]) -> DecoderConfig:
+def _check(decoder: DecoderConfig, layers: int) -> None:
+    """Refuse what no model has; ValueError says what."""
+    if len(decoder.layers) != layers:
+        raise ValueError(f"{len(decoder.layers)} layers, where the file has {layers}")
+    if not 1 <= decoder.head_dim <= _MAX_HEAD_DIM or (decoder.rope and decoder.head_dim % 2):
+        raise ValueError(f"heads of {decoder.head_dim} numbers")
+    for layer in decoder.layers:
+        if layer.heads < 1 or layer.kv_heads < 1 or layer.heads % layer.kv_heads:
+            raise ValueError(f"{layer.heads} heads over {layer.kv_heads} key/value heads")
+        if layer.window is not None and layer.window < 1:
+            raise ValueError(f"a window of {layer.window} tokens")
+
+
+def _layers(config: Mapping[str, Any], layers: int) -> int:
+    """The config's number of layers, held against the file's before anything is made of it."""
+    if int(config["num_hidden_layers"]) != layers:
+        raise ValueError(f"{config['num_hidden_layers']} layers, where the file has {layers}")
+    return layers
+
+
+def _llama(config: Mapping[str, Any], layers: int) -> DecoderConfig:
     heads = int(config["num_attention_heads"])
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
     kv_heads = int(config.get("num_key_value_heads") or heads)
     return DecoderConfig(
         d_model=int(config["hidden_size"]),
         head_dim=head_dim,
-        layers=tuple(Attention(heads, kv_heads, window) for window in _windows(config)),
+        layers=tuple(
+            Attention(heads, kv_heads, window)
+            for window in _windows(config, _layers(config, layers))
+        ),
         names=_LLAMA_NAMES,
         norm="rms",
         norm_epsilon=float(config["rms_norm_eps"]),
+        head_norms=config["model_type"] == "qwen3",
         rope=_rope(config, head_dim),
-        context=config.get("max_position_embeddings"),
-        eos=_eos(config),
+        context=_context(config, "max_position_embeddings"),
+        eos=eos_of(config),
     )
 
 
-def _opt(config: Mapping[str, Any]) -> DecoderConfig:
+def _opt(config: Mapping[str, Any], layers: int) -> DecoderConfig:
     heads = int(config["num_attention_heads"])
+    norm_first = bool(config.get("do_layer_norm_before", True))
     return DecoderConfig(
         d_model=int(config["hidden_size"]),
         head_dim=int(config["hidden_size"]) // heads,
-        layers=(Attention(heads, heads),) * int(config["num_hidden_layers"]),
+        layers=(Attention(heads, heads),) * _layers(config, layers),
         names=_OPT_NAMES,
         norm="layer",
         norm_epsilon=1e-5,
-        norm_first=bool(config.get("do_layer_norm_before", True)),
+        norm_first=norm_first,
+        final_norm=norm_first and not config.get("_remove_final_layer_norm", False),
         position_offset=2,
-        context=int(config["max_position_embeddings"]),
-        eos=_eos(config),
+        context=_context(config, "max_position_embeddings"),
+        eos=eos_of(config),
     )
 
 
-def _openelm(config: Mapping[str, Any]) -> DecoderConfig:
+def _openelm(config: Mapping[str, Any], layers: int) -> DecoderConfig:
     head_dim = int(config["head_dim"])
     pairs = zip(config["num_query_heads"], config["num_kv_heads"], strict=True)
     return DecoderConfig(
@@ -164,13 +198,14 @@ def _openelm(config: Mapping[str, Any]) -> DecoderConfig:
         names=_OPENELM_NAMES,
         norm="rms",
         norm_epsilon=1e-6,
+        head_norms=bool(config.get("normalize_qk_projections", True)),
         rope=Rope(_frequencies(float(config.get("rope_freq_constant", 10000)), head_dim)),
-        context=config.get("max_context_length"),
-        eos=_eos(config),
+        context=_context(config, "max_context_length"),
+        eos=eos_of(config),
     )
 
 
-_DECODERS: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
+_DECODERS: dict[str, Callable[[Mapping[str, Any], int], DecoderConfig]] = {
     "opt": _opt,
     "llama": _llama,
     "mistral": _llama,
@@ -180,18 +215,28 @@ _DECODERS: dict[str, Callable[[Mapping[str, Any]], DecoderConfig]] = {
 }
 
 
-def _eos(config: Mapping[str, Any]) -> frozenset[int]:
+def eos_of(config: Mapping[str, Any]) -> frozenset[int]:
+    """The end-of-text tokens that a config names: one, several, or none."""
     found = config.get("eos_token_id")
     return frozenset(found if isinstance(found, list) else [] if found is None else [found])
 
 
-def _windows(config: Mapping[str, Any]) -> list[int | None]:
-    """Each layer's sliding window. Qwen's `use_sliding_window` must be on for it to count."""
-    layers = int(config["num_hidden_layers"])
+def _context(config: Mapping[str, Any], key: str) -> int | None:
+    found = config.get(key)
+    return None if found is None else int(found)
+
+
+def _windows(config: Mapping[str, Any], layers: int) -> list[int | None]:
+    """Each layer's sliding window. Mistral's holds for all layers; Qwen's must be switched on, and
+    holds from layer `max_window_layers` on unless `layer_types` says for which."""
     window = config.get("sliding_window")
-    if window is None or not config.get("use_sliding_window", True):
+    mistral = config["model_type"] == "mistral"
+    if window is None or not config.get("use_sliding_window", mistral):
         return [None] * layers
-    kinds = config.get("layer_types") or ["sliding_attention"] * layers
+    full = 0 if mistral else int(config.get("max_window_layers", layers))
+    kinds = config.get("layer_types") or (
+        ["full_attention"] * min(full, layers) + ["sliding_attention"] * (layers - full)
+    )
     return [int(window) if kind == "sliding_attention" else None for kind in kinds]
 
 
@@ -219,6 +264,8 @@ def _rope(config: Mapping[str, Any], head_dim: int) -> Rope:
 
 
 def _frequencies(theta: float, head_dim: int) -> NDArray[np.float64]:
+    if not 2 <= head_dim <= _MAX_HEAD_DIM:
+        raise ValueError(f"heads of {head_dim} numbers")
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     frequencies: NDArray[np.float64] = theta**-exponents
     return frequencies

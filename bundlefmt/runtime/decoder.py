@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,18 +37,18 @@ class Decoder:
     ) -> None:
         self.config = config
         weights = Weights(file, config)
-        self._embed = weights.matrix("embed")
-        self._positions = weights.optional_matrix("positions")
-        self._project_in = weights.optional_linear("project_in")
-        self._project_out = weights.optional_linear("project_out")
-        self._norm = weights.optional_norm("norm")
-        head = weights.optional_matrix("head")
+        self._project_in = weights.projection("project_in")
+        self._project_out = weights.projection("project_out")
+        self._embed = weights.matrix("embed", None if self._project_in else config.d_model)
+        self._positions = weights.optional_matrix("positions", config.d_model)
+        self._norm = weights.norm("norm", config.d_model) if config.final_norm else None
+        head = weights.optional_matrix("head", self._embed.shape[1])
         self._head = self._embed if head is None else head
         self._layers = [
             Layer(
-                weights.norm("attention_norm", i),
+                weights.norm("attention_norm", config.d_model, i),
                 AttentionLayer(config, weights, i),
-                weights.norm("ffn_norm", i),
+                weights.norm("ffn_norm", config.d_model, i),
                 FfnLayer(file, file.group(i), streamer, mode),
             )
             for i in range(len(config.layers))
@@ -64,12 +65,14 @@ class Decoder:
 
     def forward(self, ids: Sequence[int], cache: list[LayerCache]) -> Floats:
         """Hidden states float32 [tokens, width of the head] of tokens that follow the cache."""
-        x = kernels.widened(self._embed[self._check(ids, cache[0].length)])
+        before = cache[0].length
+        tokens = self.check(ids, before + len(ids))
+        x = kernels.widened(self._embed[tokens])
         if self._project_in is not None:
             x = self._project_in(x)
         if self._positions is not None and self.config.position_offset is not None:
-            start = cache[0].length + self.config.position_offset
-            x = x + kernels.widened(self._positions[start : start + len(ids)])
+            start = before + self.config.position_offset
+            x = x + kernels.widened(self._positions[start : start + len(tokens)])
         first = self.config.norm_first
         for layer, seen in zip(self._layers, cache, strict=True):
             x = x + layer.attention(layer.attention_norm(x) if first else x, seen)
@@ -84,18 +87,24 @@ class Decoder:
         """Hidden states [tokens, width] -> float32 [tokens, vocabulary]."""
         return kernels.matmul(hidden, self._head)
 
-    def _check(self, ids: Sequence[int], before: int) -> list[int]:
-        if not ids:
+    def check(self, ids: Sequence[int], count: int) -> list[int]:
+        """The ids as plain integers. Raises UsageError unless they are tokens of the model and
+        `count` tokens fit its context."""
+        try:
+            tokens = [operator.index(token) for token in ids]
+        except TypeError:
+            raise UsageError("tokens are integers", field="ids", found=repr(ids)[:40]) from None
+        if not tokens:
             raise UsageError("no tokens", field="ids", expected="one or more")
-        wrong = [token for token in ids if not 0 <= token < self.vocabulary]
+        wrong = [token for token in tokens if not 0 <= token < self.vocabulary]
         if wrong:
             raise UsageError(
                 "no such token", field="ids", expected=f"0..{self.vocabulary - 1}", found=wrong[0]
             )
-        if self.config.context is not None and before + len(ids) > self.config.context:
+        if self.config.context is not None and count > self.config.context:
             raise UsageError(
                 "more tokens than the model's context",
                 expected=f"at most {self.config.context}",
-                found=before + len(ids),
+                found=count,
             )
-        return list(ids)
+        return tokens

@@ -11,15 +11,16 @@ and of those only what is not in DRAM.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bundlefmt.errors import FormatError, UsageError
+from bundlefmt.errors import BundleError, FormatError, UsageError
 from bundlefmt.file import BundleFile
 from bundlefmt.layout.encodings import numbers_in
 from bundlefmt.layout.header import Group, Part
-from bundlefmt.reader import Bundles, Reader
+from bundlefmt.reader import Bundles, Pending, Reader
 from bundlefmt.runtime import kernels
 from bundlefmt.runtime.kernels import Floats
 from bundlefmt.storage.buffers import aligned_empty
@@ -44,19 +45,26 @@ class Streamer:
         self, group: Group, ids: Ids, known: NDArray[np.uint8] | None = None
     ) -> Iterator[Bundles]:
         """The bundles of `ids`, in that order, some at a time; each piece is good until the next
-        but one is asked for. `known` as in `Reader.read`."""
+        is asked for. `known` as in `Reader.read`."""
         step = max(CHUNK_BYTES // group.stride, 1)
-        pending = []
-        for turn, start in enumerate(range(0, ids.size, step)):
-            piece = ids[start : start + step]
-            out = self._buffer(turn % 2, piece.size, group.stride)
-            pending.append(
-                self.reader.submit(group.layer, piece, expert=group.expert, out=out, known=known)
-            )
-            if turn:
+        pending: list[Pending] = []
+        try:
+            for turn, start in enumerate(range(0, ids.size, step)):
+                piece = ids[start : start + step]
+                out = self._buffer(turn % 2, piece.size, group.stride)
+                pending.append(
+                    self.reader.submit(
+                        group.layer, piece, expert=group.expert, out=out, known=known
+                    )
+                )
+                if turn:
+                    yield pending.pop(0).result()
+            while pending:
                 yield pending.pop(0).result()
-        for last in pending:
-            yield last.result()
+        finally:  # whoever stops early leaves no read behind that fills a buffer later
+            for batch in pending:
+                with suppress(BundleError):
+                    batch.result()
 
     def _buffer(self, index: int, count: int, stride: int) -> NDArray[np.uint8]:
         if count * stride > self._buffers[index].nbytes:  # one bundle larger than the buffer
@@ -68,6 +76,11 @@ class FfnLayer:
     """One layer's FFN, computed from the bundle file."""
 
     def __init__(self, file: BundleFile, group: Group, streamer: Streamer, mode: str) -> None:
+        names = {part.name for part in group.parts}
+        if not {"up", "down"} <= names:
+            raise FormatError(
+                "an FFN needs up and down", field=group.label, found=", ".join(sorted(names))
+            )
         self.group = group
         self._streamer = streamer
         self._act = kernels.activation(group)
@@ -108,8 +121,7 @@ class FfnLayer:
         selector = self._resident.get(self._selector.name, self._known)
         if selector is None:
             raise UsageError("no selector in memory", field=self.group.label)
-        weight = numbers_in(selector, self._selector.encoding)
-        pre = kernels.matmul(x, weight)
+        pre = kernels.matmul_encoded(x, selector, self._selector.encoding)
         bias = self._biases[self._selector.name]
         activations = self._act(pre if bias is None else pre + bias)
         active: NDArray[np.bool_] = np.any(activations, axis=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -12,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bundlefmt.errors import UsageError, naming
+from bundlefmt.errors import FormatError, UsageError, naming
 from bundlefmt.file import BundleFile
 from bundlefmt.reader import Reader
 from bundlefmt.runtime import kernels
-from bundlefmt.runtime.config import decoder_config
+from bundlefmt.runtime.config import decoder_config, eos_of
 from bundlefmt.runtime.decoder import Decoder
 from bundlefmt.runtime.ffn import MODES, Streamer
 from bundlefmt.storage.backends import DEFAULT_THREADS
@@ -53,7 +54,8 @@ class Model:
         self.mode = mode
         with ExitStack() as stack, naming(path):
             self.file = stack.enter_context(BundleFile(path))
-            config = decoder_config(self.file.config)
+            config = decoder_config(self.file.config, len(self.file.groups))
+            self._eos = config.eos | _eos(self.file)
             self.reader: Reader = stack.enter_context(
                 self.file.reader(backend, verify=verify, threads=threads)
             )
@@ -99,15 +101,19 @@ class Model:
             raise UsageError(
                 "out of range", field="max_new_tokens", expected="0 or more", found=max_new_tokens
             )
-        sampling = sampling or Sampling()
+        # The last token that is made is never itself an input.
+        tokens = self.decoder.check(ids, len(ids) + max(max_new_tokens - 1, 0))
+        return self._made(tokens, max_new_tokens, sampling or Sampling())
+
+    def _made(self, ids: list[int], max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
         random = np.random.default_rng(sampling.seed)
         cache = self.decoder.new_cache()
-        context = list(ids)
+        context = ids
         for _ in range(max_new_tokens):
             hidden = self.decoder.forward(context, cache)
             token = _choose(self.decoder.logits(hidden[-1:])[0], sampling, random)
             yield token
-            if token in self.decoder.config.eos:
+            if token in self._eos:
                 return
             context = [token]
 
@@ -127,6 +133,17 @@ def load_model(
     cannot be computed, FormatError for a damaged file.
     """
     return Model(path, mode=mode, backend=backend, verify=verify, threads=threads)
+
+
+def _eos(file: BundleFile) -> frozenset[int]:
+    """The end-of-text tokens of generation_config.json, which knows more of them than config.json
+    for models that were taught to chat."""
+    if "generation_config.json" not in file.blob_names:
+        return frozenset()
+    try:
+        return eos_of(json.loads(file.blob("generation_config.json")))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"not understood: {error}", field="generation_config.json") from None
 
 
 def _choose(logits: NDArray[Any], sampling: Sampling, random: np.random.Generator) -> int:

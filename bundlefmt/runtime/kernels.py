@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundlefmt.errors import UsageError
+from bundlefmt.layout.encodings import ENCODINGS, numbers_in
 from bundlefmt.layout.header import Group
 
 Floats = NDArray[np.float32]
@@ -36,6 +37,19 @@ def matmul(x: Floats, weight: NDArray[Any]) -> Floats:
     step = max(_BLOCK_NUMBERS // weight.shape[1], 1)
     for start in range(0, weight.shape[0], step):
         np.matmul(x, widened(weight[start : start + step]).T, out=out[:, start : start + step])
+    return out
+
+
+def matmul_encoded(x: Floats, stored: NDArray[np.uint8], encoding: str) -> Floats:
+    """`matmul` with a weight in an encoding, uint8 [m, bytes of a row]; block encodings are
+    decoded some rows at a time."""
+    if ENCODINGS[encoding].dtype is not None:
+        return matmul(x, numbers_in(stored, encoding))
+    out = np.empty((x.shape[0], stored.shape[0]), dtype=np.float32)
+    step = max(_BLOCK_NUMBERS // x.shape[1], 1)
+    for start in range(0, stored.shape[0], step):
+        rows = numbers_in(stored[start : start + step], encoding)
+        np.matmul(x, rows.T, out=out[:, start : start + step])
     return out
 
 
@@ -73,12 +87,12 @@ def _widened_f16(stored: NDArray[np.float16]) -> Floats:
     return numbers
 
 
-def layer_norm(x: Floats, weight: Floats, bias: Floats, epsilon: float) -> Floats:
-    """LayerNorm over the last axis."""
+def layer_norm(x: Floats, weight: Floats, epsilon: float) -> Floats:
+    """LayerNorm over the last axis, before its bias."""
     centred: Floats = x - x.mean(axis=-1, keepdims=True)
     variance: Floats = np.square(centred).mean(axis=-1, keepdims=True)
     scaled: Floats = centred / np.sqrt(variance + np.float32(epsilon)) * weight
-    return scaled + bias
+    return scaled
 
 
 def rms_norm(x: Floats, weight: Floats, epsilon: float) -> Floats:

@@ -87,9 +87,12 @@ class _Timed:
         self._before = self._after_prompt = replace(model.reader.stats)
 
     def __iter__(self) -> Iterator[int]:
-        start = time.perf_counter()
-        for token in self._tokens:
-            self._seconds = time.perf_counter() - start
+        while True:  # what is done with a token, between two of them, is not counted
+            start = time.perf_counter()
+            token = next(self._tokens, None)
+            self._seconds += time.perf_counter() - start
+            if token is None:
+                return
             if not self._made:
                 self._prompt_seconds = self._seconds
                 self._after_prompt = replace(self._model.reader.stats)

@@ -28,7 +28,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer adds."""
-        return list(self._tokenizer.encode(text).ids)
+        try:
+            return list(self._tokenizer.encode(text).ids)
+        except UnicodeEncodeError:
+            raise UsageError("not Unicode text", field="prompt", found=ascii(text)) from None
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens left out."""

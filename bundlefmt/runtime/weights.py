@@ -30,76 +30,70 @@ class Linear(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A LayerNorm (with a bias) or an RMSNorm (without)."""
+    """A LayerNorm (`kind` is `layer`) or an RMSNorm (`rms`)."""
 
+    kind: str
     weight: NDArray[np.float32]
     bias: NDArray[np.float32] | None
     epsilon: float
 
     def __call__(self, x: kernels.Floats) -> kernels.Floats:
-        if self.bias is None:
+        if self.kind == "rms":
             return kernels.rms_norm(x, self.weight, self.epsilon)
-        return kernels.layer_norm(x, self.weight, self.bias, self.epsilon)
+        y = kernels.layer_norm(x, self.weight, self.epsilon)
+        return y if self.bias is None else y + self.bias
 
 
 class Weights:
-    """A bundle file's resident tensors, found by the roles of a DecoderConfig."""
+    """A bundle file's resident tensors, found by the roles of a DecoderConfig. What is asked for
+    and not there, or there in another shape, is a FormatError."""
 
     def __init__(self, file: BundleFile, config: DecoderConfig) -> None:
         self._file = file
         self._config = config
         self._names = file.tensor_names
 
-    def matrix(self, role: str) -> NDArray[Any]:
-        """A matrix as stored. Raises FormatError when it is not there."""
-        found = self._find(self._config.names[role])
+    def matrix(self, role: str, width: int | None = None) -> NDArray[Any]:
+        """A matrix [any, width] as stored."""
+        found = self.optional_matrix(role, width)
         if found is None:
             raise self._missing(self._config.names[role])
         return found
 
-    def optional_matrix(self, role: str) -> NDArray[Any] | None:
-        """A matrix as stored, None when it is not there."""
+    def optional_matrix(self, role: str, width: int | None = None) -> NDArray[Any] | None:
+        """A matrix [any, width] as stored, None when it is not there."""
         suffix = self._config.names.get(role)
-        return None if suffix is None else self._find(suffix)
+        return None if suffix is None else self._find(suffix, (None, width))
 
-    def linear(self, role: str, layer: int | None = None) -> Linear:
-        """A linear map. Raises FormatError when it is not there."""
-        linear = self.optional_linear(role, layer)
-        if linear is None:
-            raise self._missing(f"{self._stem(role, layer)}.weight")
-        return linear
-
-    def optional_linear(self, role: str, layer: int | None = None) -> Linear | None:
-        """A linear map, None when it is not there."""
-        stem = self._stem(role, layer)
-        weight = None if stem is None else self._find(f"{stem}.weight")
-        return None if weight is None else Linear(weight, self._vector(f"{stem}.bias"))
-
-    def norm(self, role: str, layer: int | None = None) -> Norm:
-        """A norm. Raises FormatError when it is not there."""
-        norm = self.optional_norm(role, layer)
-        if norm is None:
-            raise self._missing(f"{self._stem(role, layer)}.weight")
-        return norm
-
-    def optional_norm(self, role: str, layer: int | None = None) -> Norm | None:
-        """A norm, None when it is not there."""
-        stem = self._stem(role, layer)
-        weight = None if stem is None else self._vector(f"{stem}.weight")
+    def linear(self, role: str, layer: int, outputs: int, inputs: int) -> Linear:
+        """A layer's linear map, with its bias where there is one."""
+        stem = self._config.names[role].format(i=layer)
+        weight = self._find(f"{stem}.weight", (outputs, inputs))
         if weight is None:
-            return None
-        bias = self._vector(f"{stem}.bias") if self._config.norm == "layer" else None
-        return Norm(weight, bias, self._config.norm_epsilon)
+            raise self._missing(f"{stem}.weight")
+        return Linear(weight, self._vector(f"{stem}.bias", outputs))
 
-    def _stem(self, role: str, layer: int | None) -> str | None:
-        suffix = self._config.names.get(role)
-        return None if suffix is None else suffix.format(i=layer)
+    def projection(self, role: str) -> Linear | None:
+        """A linear map between embeddings and layers; None when the model has none."""
+        stem = self._config.names.get(role)
+        weight = None if stem is None else self._find(f"{stem}.weight", (None, None))
+        return None if weight is None else Linear(weight, None)
 
-    def _vector(self, suffix: str) -> NDArray[np.float32] | None:
-        found = self._find(suffix)
+    def norm(self, role: str, width: int, layer: int | None = None) -> Norm:
+        """A norm over `width` numbers."""
+        stem = self._config.names[role].format(i=layer)
+        weight = self._vector(f"{stem}.weight", width)
+        if weight is None:
+            raise self._missing(f"{stem}.weight")
+        bias = self._vector(f"{stem}.bias", width) if self._config.norm == "layer" else None
+        return Norm(self._config.norm, weight, bias, self._config.norm_epsilon)
+
+    def _vector(self, suffix: str, length: int) -> NDArray[np.float32] | None:
+        found = self._find(suffix, (length,))
         return None if found is None else kernels.widened(found)
 
-    def _find(self, suffix: str) -> NDArray[Any] | None:
+    def _find(self, suffix: str, shape: tuple[int | None, ...]) -> NDArray[Any] | None:
+        """The tensor whose name ends so; None in `shape` stands for any length."""
         names = [name for name in self._names if name == suffix or name.endswith(f".{suffix}")]
         if not names:
             return None
@@ -116,7 +110,18 @@ class Weights:
                 expected="F32, F16, BF16",
                 found=self._file.tensor_entry(names[0]).dtype,
             )
+        fits = array.ndim == len(shape) and all(
+            wanted in (None, length) for wanted, length in zip(shape, array.shape, strict=True)
+        )
+        if not fits or 0 in array.shape:
+            raise FormatError(
+                "tensor does not fit the config",
+                file=self._file.path,
+                field=names[0],
+                expected=["any" if length is None else length for length in shape],
+                found=list(array.shape),
+            )
         return array
 
-    def _missing(self, suffix: str) -> FormatError:
-        return FormatError("no such resident tensor", file=self._file.path, field=suffix)
+    def _missing(self, name: str) -> FormatError:
+        return FormatError("no such resident tensor", file=self._file.path, field=name)

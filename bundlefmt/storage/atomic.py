@@ -35,9 +35,12 @@ def replacing(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[
     temporary = target.with_name(f"{_prefix(target)}{os.getpid()}-{os.urandom(4).hex()}{_SUFFIX}")
     try:
         with temporary.open("xb", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Until it is locked, another writer may take it for a dead one's and remove it: then
+            # the rename fails, and nothing is lost.
+            fcntl.flock(file, fcntl.LOCK_EX)
             yield file
             os.fsync(file.fileno())
+            refuse_existing(target, force=force)
             temporary.replace(target)
         _sync_folder(target.parent)
     except OSError as error:

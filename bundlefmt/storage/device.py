@@ -85,17 +85,19 @@ def drop_cache(path: str | os.PathLike[str]) -> None:
 
 
 def memory_limit() -> int | None:
-    """Bytes that this process's control group may use (v1 or v2), None when unlimited."""
+    """Bytes that this process's control group, or one above it, may use (v1 or v2); None when
+    unlimited."""
     found: list[int] = []
     for line in _lines("/proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            files = [f"/sys/fs/cgroup{path}/memory.max"]
+            root, name = "/sys/fs/cgroup", "memory.max"
         elif "memory" in controllers.split(","):
-            files = [f"/sys/fs/cgroup/memory{path}/memory.limit_in_bytes"]
+            root, name = "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
         else:
             continue
-        found += [int(text) for file in files for text in _lines(file) if text.isdigit()]
+        for group in (Path(path), *Path(path).parents):  # a group's limit binds those below it
+            found += [int(text) for text in _lines(f"{root}{group}/{name}") if text.isdigit()]
     limits = [limit for limit in found if limit < 1 << 60]  # v1 writes "unlimited" as a huge number
     return min(limits, default=None)
 

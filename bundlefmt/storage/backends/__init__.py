@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from bundlefmt.errors import ReadError, UsageError
-from bundlefmt.storage.backends.base import DEFAULT_THREADS, Backend, Batch, Request
+from bundlefmt.storage.backends.base import DEFAULT_THREADS, MAX_VIEWS, Backend, Batch, Request
 from bundlefmt.storage.backends.mapped import Mapped
 from bundlefmt.storage.backends.pread import Buffered, Direct
 
@@ -14,7 +14,16 @@ BACKENDS: dict[str, type[Backend]] = {
 }
 CHOICES = ("auto", *BACKENDS)
 
-__all__ = ["BACKENDS", "CHOICES", "DEFAULT_THREADS", "Backend", "Batch", "Request", "open_backend"]
+__all__ = [
+    "BACKENDS",
+    "CHOICES",
+    "DEFAULT_THREADS",
+    "MAX_VIEWS",
+    "Backend",
+    "Batch",
+    "Request",
+    "open_backend",
+]
 
 
 def open_backend(

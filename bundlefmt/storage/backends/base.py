@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from bundlefmt.errors import ReadError, UsageError
 
 DEFAULT_THREADS = 32  # the paper's number of reading threads
+MAX_VIEWS = 1024  # of one scatter read: IOV_MAX on Linux
 
 
 class Request:

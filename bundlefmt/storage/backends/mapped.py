@@ -21,10 +21,11 @@ class Mapped(Backend):
     def __init__(self, path: str | os.PathLike[str], threads: int = DEFAULT_THREADS) -> None:
         super().__init__(path, threads)
         self._fd = self._open(os.O_RDONLY)
-        if os.fstat(self._fd).st_size == 0:
+        try:
+            self._map = mmap.mmap(self._fd, 0, prot=mmap.PROT_READ)
+        except (OSError, ValueError) as error:  # ValueError: an empty file
             os.close(self._fd)
-            raise ReadError("an empty file cannot be mapped", file=self.path)
-        self._map = mmap.mmap(self._fd, 0, prot=mmap.PROT_READ)
+            raise ReadError(f"cannot be mapped: {error}", file=self.path) from error
         self._map.madvise(mmap.MADV_RANDOM)
         self._bytes = np.frombuffer(self._map, dtype=np.uint8)
 

@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 
 from bundlefmt.errors import ReadError
 from bundlefmt.layout.arithmetic import round_down, round_up
-from bundlefmt.storage.backends.base import DEFAULT_THREADS, Backend, Request
+from bundlefmt.storage.backends.base import DEFAULT_THREADS, MAX_VIEWS, Backend, Request
 from bundlefmt.storage.buffers import aligned_empty
 from bundlefmt.storage.device import probe_direct
 
-_IOV_MAX = 1024
 _ATTEMPTS = 8  # of a read that brings nothing and names no error
 
 
@@ -50,7 +49,7 @@ class Buffered(Backend):
         while done < needed:
             rest = _after(views, done) if done else views
             try:
-                count = os.preadv(self._fd, rest[:_IOV_MAX], offset + done)
+                count = os.preadv(self._fd, rest[:MAX_VIEWS], offset + done)
             except (BlockingIOError, InterruptedError):
                 count = 0
             except OSError as error:
