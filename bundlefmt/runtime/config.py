@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from bundlefmt.errors import FormatError, UsageError
 
-
 _MAX_HEAD_DIM = 1 << 16  # no model is near it: a config that lies makes no large table
 
 
