@@ -26,7 +26,8 @@ from bundlefmt.layout import dtypes, superblock
 from bundlefmt.layout import header as headers
 from bundlefmt.layout.constants import MAX_HEADER_DEPTH, MAX_HEADER_LENGTH
 from tests.conftest import FIXTURES, VECTORS
-from tools.make_vectors import edited, group, header_of, rle_frame, with_header, with_superblock
+from tools.alterations import edited, header_of, rle_frame, with_header, with_superblock
+from tools.bad_vectors import group
 
 BAD: dict[str, dict[str, str]] = json.loads((VECTORS / "bad" / "errors.json").read_text())
 PLAIN = (VECTORS / "plain.bundle").read_bytes()

@@ -1,8 +1,8 @@
 """Writes what spec/ derives from the code: the JSON Schema of the header and the worked example
 of the document.
 
-    python tools/make_spec.py            # writes them
-    python tools/make_spec.py --check    # exits 1 when one is stale
+    python -m tools.make_spec            # writes them
+    python -m tools.make_spec --check    # exits 1 when one is stale
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> int:
         elif not path.is_file() or path.read_text() != text:
             stale.append(path.name)
     for name in stale:
-        print(f"spec/{name} is stale: python tools/make_spec.py", file=sys.stderr)
+        print(f"spec/{name} is stale: python -m tools.make_spec", file=sys.stderr)
     return 1 if stale else 0
 
 

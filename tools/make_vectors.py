@@ -1,10 +1,10 @@
 """Makes the test vectors of the format: spec/vectors/*.bundle with their contents as JSON, and
 spec/vectors/bad/*.bundle with the error that each must give.
 
-    python tools/make_vectors.py [FOLDER]     # default: spec/vectors
+    python -m tools.make_vectors [FOLDER]     # default: spec/vectors
 
 Everything is fixed: making them again gives the same bytes. A new good file is one function in
-GOOD, a new bad one is one entry in the tables below it.
+GOOD; the bad ones stand in bad_vectors.py.
 """
 
 from __future__ import annotations
@@ -13,22 +13,20 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from bundlefmt.convert.unpack import unpack
 from bundlefmt.convert.update import append
 from bundlefmt.convert.writer import RegionWriter
 from bundlefmt.file import BundleFile
-from bundlefmt.layout import dtypes, superblock
+from bundlefmt.layout import dtypes
 from bundlefmt.layout.arithmetic import round_up
-from bundlefmt.layout.constants import DATA_OFFSET, PARTS, SLOT_LENGTH
+from bundlefmt.layout.constants import DATA_OFFSET, PARTS
 from bundlefmt.layout.encodings import ENCODINGS
 from bundlefmt.layout.header import (
     Blob,
@@ -42,15 +40,12 @@ from bundlefmt.layout.header import (
     Tensor,
 )
 from bundlefmt.layout.planner import place_parts
+from tools.alterations import Json, added, rle_frame, with_superblock
+from tools.bad_vectors import BAD_OPEN, BAD_VERIFY
 
 VECTORS = Path(__file__).resolve().parent.parent / "spec" / "vectors"
 FILE_ID = bytes(range(16))
 ALIGNMENT = 4096
-
-Json = dict[str, Any]
-
-
-# The good files
 
 
 class Builder:
@@ -166,12 +161,6 @@ def numbers(neurons: int, d_model: int, seed: int) -> NDArray[np.float32]:
     """Invented numbers that f16 and bf16 hold exactly."""
     index = np.arange(neurons * d_model).reshape(neurons, d_model)
     return (((index * 37 + seed * 11) % 64 - 32) / 8).astype(np.float32)
-
-
-def rle_frame(byte: int, count: int) -> bytes:
-    """A zstd frame of one run-length block: `count` (at most 255) times `byte`."""
-    block = (1 | 1 << 1 | count << 3).to_bytes(3, "little")
-    return b"\x28\xb5\x2f\xfd\x20" + bytes([count]) + block + bytes([byte])
 
 
 def plain(builder: Builder) -> None:
@@ -377,329 +366,6 @@ def restored(path: Path) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         unpack(path, folder)
         return {name: (Path(folder) / name).read_bytes().hex() for name in names}
-
-
-# The bad files: each is the file `plain` with one thing wrong.
-
-
-def with_superblock(data: bytes, slots: Iterable[int] = (0, 1), **fields: Any) -> bytes:
-    """The file with other superblock fields, their checksum right."""
-    changed = bytearray(data)
-    encoded = replace(superblock.decode(data[:SLOT_LENGTH]), **fields).encode()
-    for slot in slots:
-        changed[slot * SLOT_LENGTH : (slot + 1) * SLOT_LENGTH] = encoded
-    return bytes(changed)
-
-
-def with_header(data: bytes, header: bytes) -> bytes:
-    """The file with another header, every length and checksum about it right."""
-    block = superblock.decode(data[:SLOT_LENGTH])
-    length = round_up(block.header_offset + len(header), ALIGNMENT)
-    changed = (data[: block.header_offset] + header).ljust(length, b"\0")
-    return with_superblock(
-        changed,
-        file_length=length,
-        header_length=len(header),
-        header_xxh3=xxhash.xxh3_64_intdigest(header),
-    )
-
-
-def header_of(data: bytes) -> Json:
-    """The file's header as JSON."""
-    block = superblock.decode(data[:SLOT_LENGTH])
-    end = block.header_offset + block.header_length
-    header: Json = json.loads(data[block.header_offset : end])
-    return header
-
-
-def edited(edit: Callable[[Json], Any]) -> Callable[[bytes], bytes]:
-    """A change of the header's JSON."""
-
-    def change(data: bytes) -> bytes:
-        header = header_of(data)
-        edit(header)
-        return with_header(data, json.dumps(header, separators=(",", ":")).encode())
-
-    return change
-
-
-def added(text: str) -> Callable[[bytes], bytes]:
-    """Text put in as the header's first member, as it is."""
-
-    def change(data: bytes) -> bytes:
-        header = json.dumps(header_of(data), separators=(",", ":"))
-        return with_header(data, ("{" + text + "," + header[1:]).encode())
-
-    return change
-
-
-def flipped(place: Callable[[Json], int]) -> Callable[[bytes], bytes]:
-    """One bit flipped, at an offset that the header tells."""
-
-    def change(data: bytes) -> bytes:
-        at = place(header_of(data))
-        return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
-
-    return change
-
-
-def resealed(data: bytes, region: Json, content: bytes) -> bytes:
-    """The file with other content in a region, its checksum in the header right."""
-    header = header_of(data)
-    at = region["offset"]
-    changed = data[:at] + content + data[at + len(content) :]
-    text = json.dumps(header, separators=(",", ":"))
-    text = text.replace(region["xxh3"], xxhash.xxh3_64_hexdigest(content))
-    return with_header(changed, text.encode())
-
-
-def retire_sources(header: Json) -> None:
-    """Leave the source files out, their bytes accounted for."""
-    header["retired"] = [source["header"] for source in header["sources"]]
-    header["sources"] = []
-
-
-def dirty_padding(data: bytes) -> bytes:
-    """A bundle with a byte set that no part uses, its checksums right."""
-    header = header_of(data)
-    group = header["groups"][0]
-    group["d_model"] = 4
-    for part in group["parts"]:
-        part["length"] = 16
-    retire_sources(header)
-    return with_header(data, json.dumps(header, separators=(",", ":")).encode())
-
-
-def bad_order(data: bytes) -> bytes:
-    """An order in which a neuron stands twice."""
-    header = header_of(data)
-    tensor = header["tensors"].pop(0)["data"]
-    content = np.array([0, 1, 1, 3], dtype="<u4").tobytes()
-    header["groups"][0]["order"] = {**tensor, "length": len(content)}
-    retire_sources(header)
-    data = with_header(data, json.dumps(header, separators=(",", ":")).encode())
-    return resealed(data, header["groups"][0]["order"], content)
-
-
-def wrong_decoded_length(data: bytes) -> bytes:
-    """A zstd frame that decodes to fewer bytes than declared."""
-    header = header_of(data)
-    region = header["blobs"][0]["data"]
-    frame = rle_frame(0x20, 100)
-    at, length = region["offset"], region["length"]
-    data = data[:at] + bytes(length) + data[at + length :]
-    region |= {"codec": "zstd", "decoded_length": 101, "length": len(frame)}
-    data = with_header(data, json.dumps(header, separators=(",", ":")).encode())
-    return resealed(data, region, frame)
-
-
-def expert_twice(header: Json) -> None:
-    """One expert with two groups."""
-    group(header)["expert"] = 0
-    again = json.loads(json.dumps(group(header)))
-    header["groups"].append(again)
-
-
-def group(header: Json) -> Json:
-    """The header's first group."""
-    found: Json = header["groups"][0]
-    return found
-
-
-def part(header: Json, at: int = 0) -> Json:
-    """A part of the first group."""
-    found: Json = group(header)["parts"][at]
-    return found
-
-
-# name -> (the change, the field that the error must name). Refused when the file is opened.
-BAD_OPEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "empty": (lambda data: b"", "superblock"),
-    "slots-cut": (lambda data: data[:8191], "superblock"),
-    "magic": (lambda data: b"\0" * 8192 + data[8192:], "superblock.magic"),
-    "slots-damaged": (
-        lambda data: with_byte(with_byte(data, 0x10, 9), 4096 + 0x10, 9),
-        "superblock.checksum",
-    ),
-    "major": (lambda data: with_superblock(data, major=2), "superblock.major"),
-    "alignment": (lambda data: with_superblock(data, alignment=5000), "superblock.alignment"),
-    "generation-zero": (lambda data: with_superblock(data, generation=0), "superblock.generation"),
-    "slots-contradict": (
-        lambda data: with_superblock(data, slots=[1], file_id=bytes(16)),
-        "superblock",
-    ),
-    "newer-major": (
-        lambda data: with_superblock(data, slots=[1], generation=2, major=2),
-        "superblock.major",
-    ),
-    "newest-header-damaged": (
-        lambda data: with_superblock(data, slots=[1], generation=2, header_xxh3=0),
-        "header",
-    ),
-    "header-unaligned": (
-        lambda data: with_superblock(
-            data, header_offset=superblock.decode(data[:SLOT_LENGTH]).header_offset + 8
-        ),
-        "superblock.header_offset",
-    ),
-    "header-too-long": (
-        lambda data: with_superblock(data, header_length=1 << 40),
-        "superblock.header_length",
-    ),
-    "file-length": (
-        lambda data: with_superblock(data, file_length=1 << 62),
-        "superblock.file_length",
-    ),
-    "cut-short": (lambda data: data[:-1], "superblock.file_length"),
-    "header-damaged": (
-        lambda data: with_byte(data, superblock.decode(data[:SLOT_LENGTH]).header_offset, 0x5B),
-        "header",
-    ),
-    "not-json": (lambda data: with_header(data, b"{not json}"), "header"),
-    "not-utf8": (lambda data: with_header(data, b'{"family":"\xff"}'), "header"),
-    "not-an-object": (lambda data: with_header(data, b"[]"), "header"),
-    "duplicate-key": (added('"family":"x"'), "header"),
-    "nan": (added('"x":NaN'), "header"),
-    "nested": (added('"x":' + "[" * 100 + "]" * 100), "header"),
-    "missing-field": (edited(lambda h: h.pop("groups")), "header"),
-    "wrong-type": (edited(lambda h: h.update(family=3)), "header"),
-    "negative": (edited(lambda h: group(h)["bundles"].update(offset=-4096)), "header"),
-    "integer-too-large": (edited(lambda h: group(h).update(layer=1 << 53)), "header"),
-    "unknown-feature": (
-        edited(lambda h: h.update(required_features=["warp"])),
-        "header.required_features",
-    ),
-    "unknown-encoding": (edited(lambda h: part(h).update(encoding="f8")), "header"),
-    "unknown-dtype": (
-        edited(lambda h: h["tensors"][0].update(dtype="F128")),
-        "header.tensors[0].dtype",
-    ),
-    "huge-count": (
-        edited(lambda h: group(h).update(neurons=1 << 32)),
-        "header.groups[0].bundles.length",
-    ),
-    "past-the-end": (
-        edited(
-            lambda h: (
-                group(h).update(neurons=1 << 30),
-                group(h)["bundles"].update(length=64 << 30),
-                group(h)["checksums"].update(length=8 << 30),
-            )
-        ),
-        "header.groups[0].bundles",
-    ),
-    "overlap": (
-        edited(lambda h: h["blobs"][0]["data"].update(offset=group(h)["bundles"]["offset"])),
-        "header.blobs[0].data.offset",
-    ),
-    "region-unaligned": (
-        edited(lambda h: h["blobs"][0]["data"].update(offset=8192 + 512)),
-        "header.blobs[0].data.offset",
-    ),
-    "region-in-slots": (
-        edited(lambda h: h["blobs"][0]["data"].update(offset=4096)),
-        "header.blobs[0].data.offset",
-    ),
-    "two-groups": (edited(lambda h: h["groups"].append(group(h))), "header.groups[1]"),
-    "stride-alignment": (
-        edited(lambda h: group(h).update(stride_alignment=32)),
-        "header.groups[0].stride_alignment",
-    ),
-    "stride-unaligned": (
-        edited(lambda h: group(h).update(stride_alignment=128)),
-        "header.groups[0].stride",
-    ),
-    "part-past-stride": (
-        edited(lambda h: part(h, 1).update(offset=64)),
-        "header.groups[0].stride",
-    ),
-    "parts-overlap": (
-        edited(lambda h: part(h, 1).update(offset=0)),
-        "header.groups[0].parts[1].offset",
-    ),
-    "parts-order": (
-        edited(lambda h: group(h)["parts"].reverse()),
-        "header.groups[0].parts",
-    ),
-    "part-length": (
-        edited(lambda h: part(h).update(length=16)),
-        "header.groups[0].parts[0].length",
-    ),
-    "part-nowhere": (
-        edited(lambda h: part(h).pop("offset")),
-        "header.groups[0].parts[0]",
-    ),
-    "block-length": (
-        edited(lambda h: part(h).update(encoding="q4_0")),
-        "header.groups[0].parts[0].encoding",
-    ),
-    "codec-on-table": (
-        edited(lambda h: group(h)["checksums"].update(codec="zstd", decoded_length=32)),
-        "header.groups[0].checksums.codec",
-    ),
-    "codec-without-length": (
-        edited(lambda h: h["blobs"][0]["data"].update(codec="zstd")),
-        "header.blobs[0].data.decoded_length",
-    ),
-    "tensor-length": (
-        edited(lambda h: h["tensors"][0].update(shape=[4])),
-        "header.tensors[0].data",
-    ),
-    "tensor-twice": (
-        edited(lambda h: h["tensors"].append({**h["tensors"][0]})),
-        "header.tensors[1].name",
-    ),
-    "blob-path": (
-        edited(lambda h: h["blobs"][0].update(name="../evil")),
-        "header.blobs[0].name",
-    ),
-    "blob-twice": (
-        edited(lambda h: h["sources"][0].update(name="config.json")),
-        "header.sources[0].name",
-    ),
-    "expert-twice": (edited(expert_twice), "header.groups[1]"),
-    "bias-nowhere": (
-        edited(lambda h: part(h).update(bias="missing")),
-        "header.groups[0].parts[0].bias",
-    ),
-    "bias-short": (
-        edited(lambda h: part(h).update(bias="norm")),
-        "header.groups[0].parts[0].bias",
-    ),
-    "unknown-codec": (
-        edited(lambda h: h["blobs"][0]["data"].update(codec="lz4", decoded_length=9)),
-        "header",
-    ),
-    "predictor-nowhere": (
-        edited(
-            lambda h: h.update(
-                predictors=[{"layer": 9, "a": "norm", "b": "norm", "threshold": 0.5}]
-            )
-        ),
-        "header.predictors[0]",
-    ),
-}
-
-
-def with_byte(data: bytes, at: int, value: int) -> bytes:
-    """The file with one byte changed."""
-    return data[:at] + bytes([value]) + data[at + 1 :]
-
-
-# Likewise. The file opens; `verify` finds the fault.
-BAD_VERIFY: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "slot-damaged": (lambda data: with_byte(data, 4096 + 0x10, 9), "superblock.checksum"),
-    "slot-not-zero": (lambda data: with_byte(data, 0x50, 1), "superblock"),
-    "bundle-damaged": (flipped(lambda h: group(h)["bundles"]["offset"] + 70), "layer 0, neuron 1"),
-    "table-damaged": (flipped(lambda h: group(h)["checksums"]["offset"]), "groups[0].checksums"),
-    "tensor-damaged": (flipped(lambda h: h["tensors"][0]["data"]["offset"]), "tensors[0].data"),
-    "blob-damaged": (flipped(lambda h: h["blobs"][0]["data"]["offset"]), "blobs[0].data"),
-    "gap-not-zero": (flipped(lambda h: group(h)["bundles"]["offset"] + 4095), "gap"),
-    "end-not-zero": (lambda data: data[:-1] + b"\1", "gap"),
-    "padding-not-zero": (dirty_padding, "bundle padding"),
-    "order-not-permutation": (bad_order, "layer 0"),
-    "decoded-length": (wrong_decoded_length, "blobs[0].data"),
-}
 
 
 def make(folder: Path) -> None:
