@@ -25,7 +25,7 @@ from bundlefmt.layout.superblock import Superblock
 from bundlefmt.reader import Reader
 from bundlefmt.storage.backends import DEFAULT_THREADS, open_backend
 
-_ZSTD_STEP = 1 << 20
+_ZSTD_STEP = 64  # compressed bytes at a time: at most 16 blocks of 128 KiB come out of them
 
 
 class BundleFile:
@@ -262,13 +262,21 @@ class BundleFile:
             return
         declared, length = region.decoded_length or 0, 0
         decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
+        frame = decompressor.decompressobj()
         try:
-            with decompressor.stream_reader(bytes(data), read_across_frames=True) as stream:
-                while length <= declared and (piece := stream.read(_ZSTD_STEP)):
+            for start in range(0, len(data), _ZSTD_STEP):
+                rest = bytes(data[start : start + _ZSTD_STEP])
+                while rest and length <= declared:
+                    if frame.eof:
+                        frame = decompressor.decompressobj()
+                    piece = frame.decompress(rest)
+                    rest = frame.unused_data if frame.eof else b""
                     length += len(piece)
                     yield piece
         except zstandard.ZstdError as error:
             self._refuse(f"zstd: {error}", field=field, span=region)
+        if length <= declared and not frame.eof:
+            self._refuse("the last zstd frame is not whole", field=field, span=region)
         if length != declared:
             self._refuse(
                 "decodes to another length",

@@ -212,6 +212,7 @@ def compressed_blob(frame: bytes, declared: int) -> bytes:
         (rle_frame(0x20, 100)[:-1], 100),
         (rle_frame(0x20, 100)[:4], 100),
         (rle_frame(0x20, 100) + b"rest", 100),
+        (rle_frame(0x20, 100) + rle_frame(0x20, 9)[:6], 100),
         (rle_frame(0x20, 100) * 2, 100),
         (b"", 1),
         (b"not a frame at all", 100),
