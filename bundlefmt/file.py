@@ -254,12 +254,9 @@ class BundleFile:
         return chosen, decode_header(data)
 
     def decoded_pieces(self, region: Region, field: str) -> Iterator[bytes]:
-        """A region's bytes, checked against its checksum and decoded from its codec, piece by
+        """What a compressed region's bytes, checked against its checksum, decode to, piece by
         piece: memory follows the bytes that really come, never what is declared."""
         data = self._checked(region, field)
-        if region.codec == "raw":
-            yield bytes(data)
-            return
         declared, length = region.decoded_length or 0, 0
         decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
         frame = decompressor.decompressobj()

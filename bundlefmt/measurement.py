@@ -24,7 +24,7 @@ from bundlefmt.errors import ReadError, UsageError, WriteError
 from bundlefmt.file import BundleFile
 from bundlefmt.layout.header import Group
 from bundlefmt.storage.atomic import require_free_space, scratch_file
-from bundlefmt.storage.backends import BACKENDS, Request, open_backend
+from bundlefmt.storage.backends import BACKENDS, DEFAULT_THREADS, Request, open_backend
 from bundlefmt.storage.buffers import aligned_empty
 from bundlefmt.storage.device import drop_cache
 
@@ -66,7 +66,7 @@ def bench(
     model: str | os.PathLike[str] | None = None,
     *,
     chunk_sizes: Sequence[int] | None = None,
-    threads: Sequence[int] = (32,),
+    threads: Sequence[int] = (DEFAULT_THREADS,),
     backend: str | None = None,
     folder: str | os.PathLike[str] = ".",
     size: int = DEFAULT_SIZE,

@@ -29,7 +29,7 @@ Result = subprocess.CompletedProcess[str]
 def python(*args: str | Path, path: Path = ROOT, **options: object) -> Result:
     """A Python process of its own, its output caught unless `options` say otherwise."""
     caught = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-    return subprocess.run(  # type: ignore[call-overload, no-any-return]
+    return subprocess.run(
         [sys.executable, *map(str, args)],
         text=True,
         timeout=120,

@@ -8,12 +8,13 @@ import pytest
 
 import bundlefmt
 from bundlefmt.checkpoints.families import FAMILIES
-from bundlefmt.cli import COMMANDS, arguments, pack, run
+from bundlefmt.cli import COMMANDS, arguments, bench, pack, run
 from bundlefmt.convert.plan import DTYPES
 from bundlefmt.layout.planner import ALIGNMENTS
+from bundlefmt.measurement import DEFAULT_SIZE
 from bundlefmt.runtime.config import _DECODERS
 from bundlefmt.runtime.ffn import MODES
-from bundlefmt.storage.backends import CHOICES
+from bundlefmt.storage.backends import CHOICES, DEFAULT_THREADS
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -25,6 +26,8 @@ def test_the_command_line_offers_what_the_package_has() -> None:
     assert pack.ALIGNMENTS == ALIGNMENTS
     assert run.MODES == MODES
     assert arguments.BACKENDS == CHOICES
+    assert arguments.THREADS == DEFAULT_THREADS
+    assert bench.SIZE == DEFAULT_SIZE
 
 
 @pytest.mark.parametrize("command", COMMANDS)

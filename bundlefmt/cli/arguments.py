@@ -6,6 +6,7 @@ import argparse
 import re
 
 BACKENDS = ("auto", "direct", "buffered", "mmap")
+THREADS = 32
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from bundlefmt.cli import arguments, output
 
+SIZE = 1 << 30
 HELP = "measure random reads through each backend, cold"
 
 
@@ -23,14 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads",
         type=arguments.parse_counts,
-        default=[32],
+        default=[arguments.THREADS],
         metavar="COUNTS",
         help="reading threads, such as 1,8,32",
     )
     parser.add_argument("--backend", choices=arguments.BACKENDS, help="default: all of them")
     parser.add_argument("--dir", default=".", help="where the temporary file goes")
     parser.add_argument(
-        "--size", type=arguments.parse_size, default=1 << 30, help="of the temporary file"
+        "--size", type=arguments.parse_size, default=SIZE, help="of the temporary file"
     )
     arguments.add_reading(parser)
     arguments.add_json(parser)

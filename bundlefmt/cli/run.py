@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling")
     parser.add_argument("--seed", type=int, help="of the sampling")
     parser.add_argument("--backend", default="auto", choices=arguments.BACKENDS)
-    parser.add_argument("--threads", type=int, default=32, help="reading threads")
+    parser.add_argument("--threads", type=int, default=arguments.THREADS, help="reading threads")
     arguments.add_reading(parser)
     arguments.add_json(parser)
 

@@ -76,10 +76,10 @@ class FfnLayer:
     """One layer's FFN, computed from the bundle file."""
 
     def __init__(self, file: BundleFile, group: Group, streamer: Streamer, mode: str) -> None:
-        names = {part.name for part in group.parts}
-        if not {"up", "down"} <= names:
+        self._parts = {part.name: part for part in group.parts}
+        if not self._parts.keys() >= {"up", "down"}:
             raise FormatError(
-                "an FFN needs up and down", field=group.label, found=", ".join(sorted(names))
+                "an FFN needs up and down", field=group.label, found=", ".join(sorted(self._parts))
             )
         self.group = group
         self._streamer = streamer
@@ -93,14 +93,12 @@ class FfnLayer:
             if part.resident is not None
         }
         self._selector = group.parts[0]
-        self._select = mode == "exact"
-        self._known: NDArray[np.uint8] | None = None
-        if self._select:
-            self._hold_selector()
+        self._known: NDArray[np.uint8] | None = None  # first bytes of every bundle, if in DRAM
+        self._held = self._hold_selector() if mode == "exact" else None
 
     def __call__(self, x: Floats) -> Floats:
         """x [tokens, d_model] -> float32 [tokens, d_model]."""
-        ids, activations = self._active(x) if self._select else (self._all, None)
+        ids, activations = (self._all, None) if self._held is None else self._active(x, self._held)
         y = np.zeros((x.shape[0], self.group.d_model), dtype=np.float32)
         done = 0
         for bundles in self._streamer.bundles(self.group, ids, self._known):
@@ -110,26 +108,25 @@ class FfnLayer:
             else:
                 h = activations[:, done : done + piece.size]
             if self._selector.name == "gate":
-                h = h * self._product(self._part("up"), x, bundles)
-            y += kernels.weighted_sum(h, self._numbers(self._part("down"), bundles))
+                h = h * self._product(self._parts["up"], x, bundles)
+            y += kernels.weighted_sum(h, self._numbers(self._parts["down"], bundles))
             done += piece.size
         bias = self._biases["down"]
         return y if bias is None else y + bias
 
-    def _active(self, x: Floats) -> tuple[Ids, Floats]:
-        """The neurons active for any token, in the file's order, and their activations."""
-        selector = self._resident.get(self._selector.name, self._known)
-        if selector is None:
-            raise UsageError("no selector in memory", field=self.group.label)
-        pre = kernels.matmul_encoded(x, selector, self._selector.encoding)
+    def _active(self, x: Floats, held: NDArray[np.uint8]) -> tuple[Ids, Floats]:
+        """The neurons active for any token by the selector that is held, in the file's order, and
+        their activations."""
+        pre = kernels.matmul_encoded(x, held, self._selector.encoding)
         bias = self._biases[self._selector.name]
         activations = self._act(pre if bias is None else pre + bias)
         active: NDArray[np.bool_] = np.any(activations, axis=0)
         ids = self._all[active[self._all]]
         return ids, activations[:, ids]
 
-    def _hold_selector(self) -> None:
-        """Take the selector into memory; where it is bundled, from the bundles."""
+    def _hold_selector(self) -> NDArray[np.uint8]:
+        """The selector in memory, uint8 [neurons, part length]; where it is bundled, it is read
+        from the bundles and need not be read again."""
         part = self._selector
         if self.group.activation not in kernels.SPARSE_ACTIVATIONS:
             raise UsageError(
@@ -139,12 +136,14 @@ class FfnLayer:
                 found=self.group.activation,
             )
         if part.offset is None:
-            return
+            return self._resident[part.name]
         if part.offset:
             raise FormatError("selector not at the bundle's start", field=self.group.label)
-        self._known = np.empty((self.group.neurons, part.length), dtype=np.uint8)
+        held = np.empty((self.group.neurons, part.length), dtype=np.uint8)
         for bundles in self._streamer.bundles(self.group, self._all):
-            self._known[bundles.neurons] = bundles.raw[:, : part.length]
+            held[bundles.neurons] = bundles.raw[:, : part.length]
+        self._known = held
+        return held
 
     def _product(self, part: Part, x: Floats, bundles: Bundles) -> Floats:
         """part . x for each token and neuron, with the part's bias: [tokens, n]."""
@@ -156,12 +155,6 @@ class FfnLayer:
         if part.offset is None:
             return numbers_in(self._resident[part.name][bundles.neurons], part.encoding)
         return bundles.part(part.name)
-
-    def _part(self, name: str) -> Part:
-        part = self.group.part(name)
-        if part is None:
-            raise FormatError("part missing from the group", field=f"{self.group.label}, {name}")
-        return part
 
 
 def _bias(file: BundleFile, group: Group, part: Part) -> Floats | None:

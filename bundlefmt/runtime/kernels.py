@@ -33,11 +33,7 @@ def matmul(x: Floats, weight: NDArray[Any]) -> Floats:
     if weight.dtype == np.float32:
         product: Floats = x @ weight.T
         return product
-    out = np.empty((x.shape[0], weight.shape[0]), dtype=np.float32)
-    step = max(_BLOCK_NUMBERS // weight.shape[1], 1)
-    for start in range(0, weight.shape[0], step):
-        np.matmul(x, widened(weight[start : start + step]).T, out=out[:, start : start + step])
-    return out
+    return _matmul_by_blocks(x, weight, widened)
 
 
 def matmul_encoded(x: Floats, stored: NDArray[np.uint8], encoding: str) -> Floats:
@@ -45,11 +41,17 @@ def matmul_encoded(x: Floats, stored: NDArray[np.uint8], encoding: str) -> Float
     decoded some rows at a time."""
     if ENCODINGS[encoding].dtype is not None:
         return matmul(x, numbers_in(stored, encoding))
-    out = np.empty((x.shape[0], stored.shape[0]), dtype=np.float32)
+    return _matmul_by_blocks(x, stored, lambda rows: numbers_in(rows, encoding))
+
+
+def _matmul_by_blocks(
+    x: Floats, rows: NDArray[Any], decode: Callable[[NDArray[Any]], Floats]
+) -> Floats:
+    """x @ decode(rows).T, some rows at a time."""
+    out = np.empty((x.shape[0], rows.shape[0]), dtype=np.float32)
     step = max(_BLOCK_NUMBERS // x.shape[1], 1)
-    for start in range(0, stored.shape[0], step):
-        rows = numbers_in(stored[start : start + step], encoding)
-        np.matmul(x, rows.T, out=out[:, start : start + step])
+    for start in range(0, rows.shape[0], step):
+        np.matmul(x, decode(rows[start : start + step]).T, out=out[:, start : start + step])
     return out
 
 
