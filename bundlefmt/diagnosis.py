@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from bundlefmt import __version__
+from bundlefmt import __version__, native
 from bundlefmt.errors import BundleError
 from bundlefmt.storage import device
 from bundlefmt.storage.atomic import scratch_file
@@ -29,7 +29,7 @@ def doctor(folder: str | os.PathLike[str] = ".") -> dict[str, Any]:
         "bundlefmt": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
-        "core": "python",
+        "core": {"name": "python" if native.core is None else "native", "reason": native.reason},
         "folder": str(Path(folder).resolve()),
         "direct_io": {
             "works": direct.refusal is None,

@@ -432,6 +432,7 @@ def test_parts_of_different_encodings_are_each_aligned() -> None:
 PACKAGE = Path(bundlefmt.__file__).parent
 STOREYS = (
     {"errors"},
+    {"native"},
     {"layout"},
     {"storage"},
     {"reader"},
@@ -508,7 +509,12 @@ def test_layout_does_no_io(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODULES if in_storey(name, "storage")])
 def test_storage_knows_nothing_of_models(name: str) -> None:
-    allowed = ("bundlefmt.errors.", "bundlefmt.storage.", "bundlefmt.layout.arithmetic.")
+    allowed = (
+        "bundlefmt.errors.",
+        "bundlefmt.native.",
+        "bundlefmt.storage.",
+        "bundlefmt.layout.arithmetic.",
+    )
     for found in imported_by(name):
         assert not found.startswith("bundlefmt") or found.startswith(allowed), found
 

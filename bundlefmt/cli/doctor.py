@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     output.print_fields(
         [
             ("bundlefmt", f"{found['bundlefmt']}, Python {found['python']}, {found['system']}"),
-            ("core", found["core"]),
+            ("core", f"{found['core']['name']} ({found['core']['reason']})"),
             ("folder", found["folder"]),
             ("direct I/O", "works" if direct["works"] else f"no: {direct['refusal']}"),
             (

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from bundlefmt.errors import BundleError, FormatError, UsageError
 from bundlefmt.file import BundleFile
-from bundlefmt.layout.encodings import numbers_in
 from bundlefmt.layout.header import Group, Part
 from bundlefmt.reader import Bundles, Pending, Reader
 from bundlefmt.runtime import kernels
@@ -93,24 +92,25 @@ class FfnLayer:
             if part.resident is not None
         }
         self._selector = group.parts[0]
+        self._gated = self._selector.name == "gate"
         self._known: NDArray[np.uint8] | None = None  # first bytes of every bundle, if in DRAM
         self._held = self._hold_selector() if mode == "exact" else None
 
     def __call__(self, x: Floats) -> Floats:
         """x [tokens, d_model] -> float32 [tokens, d_model]."""
-        ids, activations = (self._all, None) if self._held is None else self._active(x, self._held)
+        ids, active = (self._all, None) if self._held is None else self._active(x, self._held)
         y = np.zeros((x.shape[0], self.group.d_model), dtype=np.float32)
         done = 0
         for bundles in self._streamer.bundles(self.group, ids, self._known):
-            piece = bundles.neurons
-            if activations is None:
-                h = self._act(self._product(self._selector, x, bundles))
-            else:
-                h = activations[:, done : done + piece.size]
-            if self._selector.name == "gate":
-                h = h * self._product(self._parts["up"], x, bundles)
-            y += kernels.weighted_sum(h, self._numbers(self._parts["down"], bundles))
-            done += piece.size
+            selected = (
+                self._part(self._selector, bundles)
+                if active is None
+                else active[:, done : done + bundles.neurons.size]
+            )
+            up = self._part(self._parts["up"], bundles) if self._gated else None
+            down = self._part(self._parts["down"], bundles)
+            y += kernels.ffn(x, selected, up, down, self.group)
+            done += bundles.neurons.size
         bias = self._biases["down"]
         return y if bias is None else y + bias
 
@@ -145,16 +145,16 @@ class FfnLayer:
         self._known = held
         return held
 
-    def _product(self, part: Part, x: Floats, bundles: Bundles) -> Floats:
-        """part . x for each token and neuron, with the part's bias: [tokens, n]."""
-        product = kernels.matmul(x, self._numbers(part, bundles))
-        bias = self._biases[part.name]
-        return product if bias is None else product + bias[bundles.neurons]
-
-    def _numbers(self, part: Part, bundles: Bundles) -> NDArray[np.float32]:
+    def _part(self, part: Part, bundles: Bundles) -> kernels.Part:
+        """A part of those bundles' neurons, as it is stored."""
         if part.offset is None:
-            return numbers_in(self._resident[part.name][bundles.neurons], part.encoding)
-        return bundles.part(part.name)
+            stored = self._resident[part.name][bundles.neurons]
+        else:
+            stored = bundles.raw[:, part.offset : part.offset + part.length]
+        bias = self._biases[part.name]
+        if bias is None or part.name == "down":  # the bias of `down` is one per output
+            return kernels.Part(stored, part.encoding, None)
+        return kernels.Part(stored, part.encoding, bias[bundles.neurons])
 
 
 def _bias(file: BundleFile, group: Group, part: Part) -> Floats | None:

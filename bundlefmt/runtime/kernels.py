@@ -1,13 +1,15 @@
-"""The arithmetic, in NumPy: the one place where weights meet activations.
+"""The arithmetic: the one place where weights meet activations.
 
-Weights stay in memory as they are stored (f32, f16, bf16); a block of rows at a time is widened
-to float32, so that memory holds a model at its stored size.
+Weights stay in memory as they are stored. The native core computes from them as they lie; its
+twin in NumPy widens a block of rows at a time to float32, and serves where the core is not there
+and for many tokens at once, where BLAS is the faster.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from bundlefmt.errors import UsageError
 from bundlefmt.layout.encodings import ENCODINGS, numbers_in
 from bundlefmt.layout.header import Group
+from bundlefmt.native import core
 
 Floats = NDArray[np.float32]
 ActivationFunction = Callable[[Floats], Floats]
@@ -26,10 +29,33 @@ _F16_INFINITY = 0x7C00
 _F16_FIELDS = np.int32(-0x70002000)  # 0x8FFFE000: sign, exponent and mantissa, shifted by 13
 _F16_REBIAS = np.float32(2.0**112)  # exponent biases: 127 - 15
 _BLOCK_NUMBERS = 1 << 17  # widened at a time: half a MiB of float32 stays in the L2 cache
+_NATIVE_TOKENS = 16  # up to here weights decoded anew for every four tokens beat BLAS
+
+_threads = len(os.sched_getaffinity(0))
+
+
+def set_threads(count: int) -> None:
+    """How many threads the native core computes with (default: one per CPU of the process)."""
+    global _threads
+    if count < 1:
+        raise UsageError(
+            "no threads to compute with", field="threads", expected="1 or more", found=count
+        )
+    _threads = count
+
+
+class Part(NamedTuple):
+    """One part of some neurons: uint8 [n, bytes of a vector] in an encoding, biases [n]."""
+
+    stored: NDArray[np.uint8]
+    encoding: str
+    bias: Floats | None
 
 
 def matmul(x: Floats, weight: NDArray[Any]) -> Floats:
     """x [tokens, n] @ weight.T -> float32 [tokens, m]; weight [m, n] of any stored float type."""
+    if _native(x) and weight.dtype in _STORED and weight.flags.c_contiguous:
+        return _products(x, weight.view(np.uint8), _STORED[weight.dtype])
     if weight.dtype == np.float32:
         product: Floats = x @ weight.T
         return product
@@ -39,9 +65,52 @@ def matmul(x: Floats, weight: NDArray[Any]) -> Floats:
 def matmul_encoded(x: Floats, stored: NDArray[np.uint8], encoding: str) -> Floats:
     """`matmul` with a weight in an encoding, uint8 [m, bytes of a row]; block encodings are
     decoded some rows at a time."""
+    if _native(x):
+        return _products(x, stored, encoding)
     if ENCODINGS[encoding].dtype is not None:
         return matmul(x, numbers_in(stored, encoding))
     return _matmul_by_blocks(x, stored, lambda rows: numbers_in(rows, encoding))
+
+
+def ffn(x: Floats, selected: Part | Floats, up: Part | None, down: Part, group: Group) -> Floats:
+    """Sum over neurons of down * act(selector . x) * (up . x): float32 [tokens, d_model]; without
+    `up`, no such factor. `selected` is the selector, or act(selector . x) [tokens, n] where that
+    is known."""
+    if _native(x):
+        y: Floats = core.ffn(
+            np.ascontiguousarray(x),
+            None,
+            core.Part(*selected) if isinstance(selected, Part) else None,
+            up and core.Part(*up),
+            core.Part(*down),
+            group.activation,
+            group.activation_threshold or 0.0,
+            None if isinstance(selected, Part) else np.ascontiguousarray(selected),
+            _threads,
+        )
+        return y
+    if isinstance(selected, Part):
+        selected = activation(group)(_biased_products(x, selected))
+    if up is not None:
+        selected = selected * _biased_products(x, up)
+    return weighted_sum(selected, numbers_in(down.stored, down.encoding))
+
+
+def _biased_products(x: Floats, part: Part) -> Floats:
+    product = matmul_encoded(x, part.stored, part.encoding)
+    return product if part.bias is None else product + part.bias
+
+
+def _native(x: Floats) -> bool:
+    """Whether the native core is the one to compute with these tokens."""
+    return core is not None and x.shape[0] <= _NATIVE_TOKENS
+
+
+def _products(x: Floats, stored: NDArray[np.uint8], encoding: str) -> Floats:
+    product: Floats = core.products(
+        np.ascontiguousarray(x), core.Part(stored, encoding), threads=_threads
+    )
+    return product
 
 
 def _matmul_by_blocks(
@@ -125,6 +194,10 @@ def activation(group: Group) -> ActivationFunction:
         )
     return _ACTIVATIONS[group.activation]
 
+
+_STORED = {
+    encoding.dtype: encoding.name for encoding in ENCODINGS.values() if encoding.dtype is not None
+}
 
 # Activations that are exactly zero for many inputs: their neurons can be skipped without loss.
 SPARSE_ACTIVATIONS = ("relu", "relu2", "fatrelu")

@@ -1,0 +1,49 @@
+"""What the extension module offers. Arrays are C-contiguous; rows of bytes may lie apart."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Slots = NDArray[np.int64]
+
+class Part:
+    """One part of every row: uint8 [rows, bytes] of an encoding, with a bias per row."""
+
+    def __init__(
+        self, stored: NDArray[np.uint8], encoding: str, bias: Floats | None = None
+    ) -> None: ...
+
+def simd() -> str:
+    """The kernels' instruction set: avx512, avx2 or portable."""
+
+def products(x: Floats, part: Part, slots: Slots | None = None, threads: int = 1) -> Floats:
+    """x [tokens, n] . each row -> [tokens, rows or slots]. ValueError, IndexError (a slot)."""
+
+def weighted_sum(
+    h: Floats, part: Part, width: int, slots: Slots | None = None, threads: int = 1
+) -> Floats:
+    """h [tokens, rows or slots] @ rows of `width` numbers -> [tokens, width]."""
+
+def ffn(
+    x: Floats,
+    slots: Slots | None,
+    selector: Part | None,
+    up: Part | None,
+    down: Part,
+    activation: str,
+    threshold: float = 0.0,
+    active: Floats | None = None,
+    threads: int = 1,
+) -> Floats:
+    """Sum over slots of down * act(selector . x) * (up . x) -> [tokens, d_model]; `active`
+    [tokens, slots] stands for act(selector . x) where it is known."""
+
+def digests(rows: NDArray[np.uint8], threads: int = 1) -> NDArray[np.uint64]:
+    """xxh3-64 of each row."""
+
+def transpose(rows: NDArray[np.uint8], out: NDArray[np.uint8], item: int, threads: int = 1) -> None:
+    """out[i][j] = rows[j][i], for items of 1, 2 or 4 bytes."""
+
+def __getattr__(name: str) -> Any: ...

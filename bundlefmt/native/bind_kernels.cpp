@@ -1,0 +1,210 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings.hpp"
+#include "compute.hpp"
+
+namespace nb = nanobind;
+
+namespace bundlefmt {
+namespace {
+
+using Floats = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Biases = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::device::cpu>;
+using Writable = nb::ndarray<uint8_t, nb::ndim<2>, nb::device::cpu>;
+using Slots = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Result = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
+
+constexpr std::pair<const char*, Encoding> ENCODINGS[] = {{"f32", Encoding::f32},
+                                                          {"f16", Encoding::f16},
+                                                          {"bf16", Encoding::bf16},
+                                                          {"q8_0", Encoding::q8_0},
+                                                          {"q4_0", Encoding::q4_0}};
+
+constexpr std::pair<const char*, Activation> ACTIVATIONS[] = {
+    {"relu", Activation::relu},          {"relu2", Activation::relu2},
+    {"fatrelu", Activation::fatrelu},    {"silu", Activation::silu},
+    {"gelu", Activation::gelu},          {"gelu_new", Activation::gelu_tanh},
+    {"gelu_tanh", Activation::gelu_tanh}};
+
+template <class Table>
+auto named(const Table& table, const std::string& name) {
+  for (const auto& [known, value] : table)
+    if (name == known) return value;
+  throw nb::value_error(("unknown name: " + name).c_str());
+}
+
+void require(bool holds, const char* what) {
+  if (!holds) throw nb::value_error(what);
+}
+
+// One part of every row: uint8 [rows, bytes] of an encoding, and a bias per row.
+struct StoredPart {
+  Bytes bytes;
+  Encoding encoding;
+  std::optional<Biases> bias;
+
+  StoredPart(Bytes stored, const std::string& name, std::optional<Biases> biases)
+      : bytes(std::move(stored)), encoding(named(ENCODINGS, name)), bias(std::move(biases)) {
+    require(bytes.shape(1) == 0 || bytes.stride(1) == 1, "a part's bytes must be contiguous");
+    require(!bias || bias->shape(0) == bytes.shape(0), "as many biases as rows");
+  }
+
+  // Its rows as vectors of n numbers. Throws unless they are.
+  Part rows_of(int64_t n, const int64_t* slots) const {
+    const int64_t block = encoding == Encoding::q8_0 || encoding == Encoding::q4_0 ? BLOCK : 1;
+    require(n % block == 0, "block encodings take multiples of 32 numbers");
+    require(static_cast<int64_t>(bytes.shape(1)) == n * block_bytes(encoding) / BLOCK,
+            "a part's bytes do not hold that many numbers");
+    return {{encoding, bytes.data(), bytes.stride(0), slots, n}, bias ? bias->data() : nullptr};
+  }
+};
+
+// The slots that were given, checked, or all rows in order.
+class RowList {
+ public:
+  RowList(const std::optional<Slots>& slots, size_t rows) {
+    if (!slots) {
+      all_.resize(rows);
+      std::iota(all_.begin(), all_.end(), 0);
+      data_ = all_.data();
+      count_ = static_cast<int64_t>(rows);
+      return;
+    }
+    data_ = slots->data();
+    count_ = static_cast<int64_t>(slots->shape(0));
+    const auto inside = [=](int64_t slot) {
+      return slot >= 0 && slot < static_cast<int64_t>(rows);
+    };
+    if (!std::all_of(data_, data_ + count_, inside)) throw nb::index_error("no such slot");
+  }
+
+  const int64_t* data() const { return data_; }
+  int64_t count() const { return count_; }
+
+ private:
+  std::vector<int64_t> all_;
+  const int64_t* data_;
+  int64_t count_;
+};
+
+Vectors vectors(const Floats& floats) {
+  const auto width = static_cast<int64_t>(floats.shape(1));
+  return {const_cast<float*>(floats.data()), width, static_cast<int64_t>(floats.shape(0))};
+}
+
+// A new float32 array [tokens, width] of zeros, and its memory as vectors.
+std::pair<Result, Vectors> zeros(int64_t tokens, int64_t width) {
+  auto* numbers = new float[static_cast<size_t>(tokens * width)]();
+  nb::capsule owner(numbers, [](void* data) noexcept { delete[] static_cast<float*>(data); });
+  const size_t shape[] = {static_cast<size_t>(tokens), static_cast<size_t>(width)};
+  return {Result(numbers, 2, shape, owner), {numbers, width, tokens}};
+}
+
+void check_threads(int threads) { require(threads >= 1 && threads <= 1024, "threads: 1 to 1024"); }
+
+Result products_of(const Floats& x, const StoredPart& part, const std::optional<Slots>& slots,
+                   int threads) {
+  check_threads(threads);
+  const RowList rows(slots, part.bytes.shape(0));
+  const Part stored = part.rows_of(static_cast<int64_t>(x.shape(1)), rows.data());
+  auto [result, out] = zeros(static_cast<int64_t>(x.shape(0)), rows.count());
+  const nb::gil_scoped_release released;
+  products(stored.rows, rows.count(), vectors(x), out, threads);
+  return result;
+}
+
+Result weighted_sum_of(const Floats& h, const StoredPart& part, int64_t width,
+                       const std::optional<Slots>& slots, int threads) {
+  check_threads(threads);
+  require(width >= 0, "a width below zero");
+  const RowList rows(slots, part.bytes.shape(0));
+  require(static_cast<int64_t>(h.shape(1)) == rows.count(), "as many weights as rows");
+  const Part stored = part.rows_of(width, rows.data());
+  auto [result, y] = zeros(static_cast<int64_t>(h.shape(0)), width);
+  const nb::gil_scoped_release released;
+  weighted_sum(stored.rows, rows.count(), vectors(h), y, threads);
+  return result;
+}
+
+Result ffn_of(const Floats& x, const std::optional<Slots>& slots, const StoredPart* selector,
+              const StoredPart* up, const StoredPart& down, const std::string& activation,
+              float threshold, const std::optional<Floats>& active, int threads) {
+  check_threads(threads);
+  require((selector != nullptr) != active.has_value(), "a selector, or activations: one of them");
+  const size_t stored = down.bytes.shape(0);
+  for (const StoredPart* part : {selector, up})
+    require(!part || part->bytes.shape(0) == stored, "parts of different numbers of rows");
+  const RowList rows(slots, stored);
+  const auto n = static_cast<int64_t>(x.shape(1));
+  Ffn layer{{}, {}, down.rows_of(n, rows.data()), named(ACTIVATIONS, activation), threshold, {}};
+  if (selector) layer.selector = selector->rows_of(n, rows.data());
+  if (up) layer.up = up->rows_of(n, rows.data());
+  if (active) {
+    require(active->shape(0) == x.shape(0) &&
+                static_cast<int64_t>(active->shape(1)) == rows.count(),
+            "activations: one per token and slot");
+    layer.active = vectors(*active);
+  }
+  auto [result, y] = zeros(static_cast<int64_t>(x.shape(0)), n);
+  const nb::gil_scoped_release released;
+  ffn(layer, rows.count(), vectors(x), y, threads);
+  return result;
+}
+
+auto digests_of(const Bytes& rows, int threads) {
+  check_threads(threads);
+  require(rows.shape(1) == 0 || rows.stride(1) == 1, "a row's bytes must be contiguous");
+  const size_t count = rows.shape(0);
+  auto* found = new uint64_t[count];
+  nb::capsule owner(found, [](void* data) noexcept { delete[] static_cast<uint64_t*>(data); });
+  {
+    const nb::gil_scoped_release released;
+    digests(rows.data(), rows.stride(0), static_cast<int64_t>(rows.shape(1)),
+            static_cast<int64_t>(count), found, threads);
+  }
+  return nb::ndarray<nb::numpy, uint64_t, nb::ndim<1>>(found, {count}, owner);
+}
+
+void transpose_into(const Bytes& in, const Writable& out, int item, int threads) {
+  check_threads(threads);
+  require(item == 1 || item == 2 || item == 4, "items of 1, 2 or 4 bytes");
+  const auto height = static_cast<int64_t>(in.shape(0)), width = static_cast<int64_t>(out.shape(0));
+  require(in.shape(1) == out.shape(0) * static_cast<size_t>(item) &&
+              out.shape(1) == in.shape(0) * static_cast<size_t>(item),
+          "not the shape of the transposed matrix");
+  require((in.shape(1) == 0 || in.stride(1) == 1) && (out.shape(1) == 0 || out.stride(1) == 1),
+          "a row's bytes must be contiguous");
+  const nb::gil_scoped_release released;
+  const auto run = item == 1 ? transpose<uint8_t> : item == 2 ? transpose<uint16_t> : transpose<uint32_t>;
+  run(in.data(), in.stride(0), height, width, out.data(), out.stride(0), threads);
+}
+
+}  // namespace
+
+void bind_kernels(nb::module_& module) {
+  using namespace nb::literals;
+  nb::class_<StoredPart>(module, "Part")
+      .def(nb::init<Bytes, const std::string&, std::optional<Biases>>(), "stored"_a, "encoding"_a,
+           "bias"_a = nb::none());
+  module.def("simd", [] { return kernels().name; });
+  module.def("products", &products_of, "x"_a, "part"_a, "slots"_a = nb::none(), "threads"_a = 1);
+  module.def("weighted_sum", &weighted_sum_of, "h"_a, "part"_a, "width"_a, "slots"_a = nb::none(),
+             "threads"_a = 1);
+  module.def("ffn", &ffn_of, "x"_a, "slots"_a.none(), "selector"_a.none(), "up"_a.none(), "down"_a,
+             "activation"_a, "threshold"_a = 0.0F, "active"_a = nb::none(), "threads"_a = 1);
+  module.def("digests", &digests_of, "rows"_a, "threads"_a = 1);
+  module.def("transpose", &transpose_into, "rows"_a, "out"_a, "item"_a, "threads"_a = 1);
+}
+
+}  // namespace bundlefmt

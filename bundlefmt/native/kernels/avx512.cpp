@@ -1,0 +1,3 @@
+#define BUNDLEFMT_KERNELS avx512_kernels
+#define BUNDLEFMT_SIMD_NAME "avx512"
+#include "kernels.inl"
