@@ -27,6 +27,7 @@ import bundlefmt
 from bundlefmt.errors import FormatError, UsageError, WriteError
 from bundlefmt.layout.encodings import ENCODINGS
 from tests.conftest import DEMO, FIXTURES, SHARED
+from tools import make_checkpoint
 
 CASES = sorted(path.name for path in FIXTURES.iterdir())
 GATED = ("gemma", "llama", "llama3-rope", "mixtral", "phi3", "qwen3_moe")
@@ -114,6 +115,20 @@ def test_a_real_bert_comes_back(tmp_path: Path) -> None:
     with bundlefmt.open(tmp_path / "x.bundle") as file:
         assert file.header.family == "bert"
         assert [group.neurons for group in file.groups] == [1536] * 6
+
+
+def test_a_made_checkpoint_comes_back_and_no_two_of_its_tensors_are_equal(tmp_path: Path) -> None:
+    source = tmp_path / "made"
+    make_checkpoint.make(source, layers=2, d_model=32, ffn=128, shard_bytes=1 << 20)
+    shards = sorted(source.glob("*.safetensors"))
+    assert len(shards) > 1
+    contents = [array.tobytes() for shard in shards for array in load_file(shard).values()]
+    assert len(set(contents)) == len(contents)
+    bundlefmt.pack(source, tmp_path / "x.bundle")
+    assert bundlefmt.verify(tmp_path / "x.bundle").ok
+    assert bundlefmt.unpack(tmp_path / "x.bundle", tmp_path / "out").identical
+    for file in source.iterdir():
+        assert sha256(tmp_path / "out" / file.name) == sha256(file)
 
 
 def test_zstd_takes_no_more_bytes_and_reads_the_same(tmp_path: Path) -> None:
