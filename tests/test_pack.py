@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import bundlefmt
-from bundlefmt.errors import FormatError, UsageError, WriteError
+from bundlefmt.convert import writer
+from bundlefmt.errors import FormatError, ReadError, UsageError, WriteError
 from bundlefmt.layout.encodings import ENCODINGS
 from tests.conftest import DEMO, FIXTURES, SHARED
 from tools import make_checkpoint
@@ -628,6 +630,36 @@ def test_a_disk_that_fills_up_during_a_pack_leaves_nothing(small_disk: Path) -> 
     (small_disk / "hog").unlink()
     bundlefmt.pack(FIXTURES / "llama", small_disk / "x.bundle")
     assert bundlefmt.verify(small_disk / "x.bundle").ok
+
+
+def test_a_write_that_fails_on_the_other_thread_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_all = writer.write_all
+
+    def full(fd: int, data: Any, offset: int) -> int:
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_all(fd, data, offset)
+
+    monkeypatch.setattr(writer, "write_all", full)
+    with pytest.raises(WriteError, match="No space left on device"):
+        bundlefmt.pack(DEMO, tmp_path / "x.bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_cut_short_during_a_pack_leaves_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(DEMO, source)
+
+    def progress(done: int, total: int) -> None:
+        if done > total / 2:
+            with (source / "model.safetensors").open("r+b") as file:
+                file.truncate(4096)
+
+    with pytest.raises(ReadError, match="file ends early"):
+        bundlefmt.pack(source, tmp_path / "x.bundle", progress=progress)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_a_disk_that_fills_up_during_an_unpack_leaves_nothing(
