@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +25,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import bundlefmt
-from bundlefmt.errors import FormatError, UsageError, WriteError
+from bundlefmt.convert import writer
+from bundlefmt.errors import FormatError, ReadError, UsageError, WriteError
 from bundlefmt.layout.encodings import ENCODINGS
 from tests.conftest import DEMO, FIXTURES, SHARED
+from tools import make_checkpoint
 
 CASES = sorted(path.name for path in FIXTURES.iterdir())
 GATED = ("gemma", "llama", "llama3-rope", "mixtral", "phi3", "qwen3_moe")
@@ -114,6 +117,20 @@ def test_a_real_bert_comes_back(tmp_path: Path) -> None:
     with bundlefmt.open(tmp_path / "x.bundle") as file:
         assert file.header.family == "bert"
         assert [group.neurons for group in file.groups] == [1536] * 6
+
+
+def test_a_made_checkpoint_comes_back_and_no_two_of_its_tensors_are_equal(tmp_path: Path) -> None:
+    source = tmp_path / "made"
+    make_checkpoint.make(source, layers=2, d_model=32, ffn=128, shard_bytes=1 << 20)
+    shards = sorted(source.glob("*.safetensors"))
+    assert len(shards) > 1
+    contents = [array.tobytes() for shard in shards for array in load_file(shard).values()]
+    assert len(set(contents)) == len(contents)
+    bundlefmt.pack(source, tmp_path / "x.bundle")
+    assert bundlefmt.verify(tmp_path / "x.bundle").ok
+    assert bundlefmt.unpack(tmp_path / "x.bundle", tmp_path / "out").identical
+    for file in source.iterdir():
+        assert sha256(tmp_path / "out" / file.name) == sha256(file)
 
 
 def test_zstd_takes_no_more_bytes_and_reads_the_same(tmp_path: Path) -> None:
@@ -613,6 +630,36 @@ def test_a_disk_that_fills_up_during_a_pack_leaves_nothing(small_disk: Path) -> 
     (small_disk / "hog").unlink()
     bundlefmt.pack(FIXTURES / "llama", small_disk / "x.bundle")
     assert bundlefmt.verify(small_disk / "x.bundle").ok
+
+
+def test_a_write_that_fails_on_the_other_thread_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_all = writer.write_all
+
+    def full(fd: int, data: Any, offset: int) -> int:
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_all(fd, data, offset)
+
+    monkeypatch.setattr(writer, "write_all", full)
+    with pytest.raises(WriteError, match="No space left on device"):
+        bundlefmt.pack(DEMO, tmp_path / "x.bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_cut_short_during_a_pack_leaves_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(DEMO, source)
+
+    def progress(done: int, total: int) -> None:
+        if done > total / 2:
+            with (source / "model.safetensors").open("r+b") as file:
+                file.truncate(4096)
+
+    with pytest.raises(ReadError, match="file ends early"):
+        bundlefmt.pack(source, tmp_path / "x.bundle", progress=progress)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_a_disk_that_fills_up_during_an_unpack_leaves_nothing(

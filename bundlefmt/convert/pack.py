@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -245,15 +246,17 @@ class _Pack:
         )
 
     def _bundles(self, plan: GroupPlan) -> Iterator[NDArray[np.uint8]]:
-        """The group's bundles, uint8 [n, stride] at a time; the memory is used again."""
+        """The group's bundles, uint8 [n, stride] at a time; a chunk's memory is used again for
+        the next but one."""
         bundled = [
             (PartRows(part, plan.ffn), part.offset, part.offset + part.length)
             for part in plan.parts
             if part.offset is not None
         ]
         step = max(CHUNK_NUMBERS // (plan.ffn.d_model * len(bundled)), 1)
-        buffer = np.zeros((min(step, plan.ffn.neurons), plan.stride), dtype=np.uint8)
-        for start in range(0, plan.ffn.neurons, step):
+        shape = (min(step, plan.ffn.neurons), plan.stride)
+        buffers = cycle([np.zeros(shape, dtype=np.uint8) for _ in range(2)])
+        for start, buffer in zip(range(0, plan.ffn.neurons, step), buffers, strict=False):
             chunk = buffer[: min(step, plan.ffn.neurons - start)]
             for rows, begin, end in bundled:
                 rows.copy(start, chunk[:, begin:end])

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from bundlefmt.convert.overlap import overlapped
 from bundlefmt.convert.progress import Progress, silent
 from bundlefmt.errors import BundleError, FormatError, naming
 from bundlefmt.file import BundleFile
@@ -211,10 +213,13 @@ class _Check:
     ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         """(offset, bytes) of the span in pieces of whole units."""
         step = max(_STEP // unit, 1) * unit
-        for at in range(offset, offset + length, step):
-            count = min(step, offset + length - at)
-            yield at, np.frombuffer(self._file.read(Span(at, count), field), dtype=np.uint8)
-            self._count(count)
+        end = offset + length
+        spans = [Span(at, min(step, end - at)) for at in range(offset, end, step)]
+        read = partial(self._file.read, field=field)
+        pieces = overlapped(read, spans) if len(spans) > 1 else map(read, spans)
+        for span, piece in zip(spans, pieces, strict=True):
+            yield span.offset, np.frombuffer(piece, dtype=np.uint8)
+            self._count(span.length)
 
     def _fault(self, error: FormatError) -> None:
         _note_fault(self._report, error)

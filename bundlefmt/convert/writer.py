@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import xxhash
 import zstandard
 from numpy.typing import NDArray
 
+from bundlefmt.convert.overlap import overlapped
 from bundlefmt.layout import header as headers
 from bundlefmt.layout import structure
 from bundlefmt.layout.arithmetic import round_up
@@ -53,13 +55,21 @@ class RegionWriter:
         return Region(start, length, digest)
 
     def bundles(self, chunks: Iterable[NDArray[np.uint8]]) -> tuple[Span, Region]:
-        """Append bundles, uint8 [n, stride] at a time, then their checksum table."""
+        """Append bundles, uint8 [n, stride] at a time, then their checksum table. A chunk is in
+        use until the next but one is asked for."""
         start = self.end = round_up(self.end, self.alignment)
         digests: list[int] = []
-        for chunk in chunks:
-            write_all(self._fd, np.ascontiguousarray(chunk), self.end)
-            digests += map(xxhash.xxh3_64_intdigest, chunk)
+
+        def write(chunk: NDArray[np.uint8]) -> list[int]:
+            found = row_digests(chunk)
+            self._put(np.ascontiguousarray(chunk), self.end)
             self.end += chunk.nbytes
+            return found
+
+        # Closed here, whatever happens: nothing may write once the caller closes the file.
+        with closing(overlapped(write, chunks)) as results:
+            for found in results:
+                digests += found
         table = np.array(digests, dtype="<u8")
         return Span(start, self.end - start), self.region(lambda: [table])
 
@@ -94,13 +104,25 @@ class RegionWriter:
         length and xxh3-64."""
         digest = xxhash.xxh3_64()
         length = 0
+
         for chunk in chunks:
             digest.update(chunk)
-            write_all(self._fd, chunk, offset + length)
-            length += memoryview(chunk).nbytes
+            length += self._put(chunk, offset + length)
             if limit is not None and length >= limit:
                 break
         return length, digest.hexdigest()
+
+    def _put(self, data: Any, offset: int) -> int:
+        """Write a buffer and set off its way to the device; returns how many bytes."""
+        count = write_all(self._fd, data, offset)
+        # Of pages that are dirty, DONTNEED starts the writing: less is left for fsync to wait for.
+        os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_DONTNEED)
+        return count
+
+
+def row_digests(rows: NDArray[np.uint8]) -> list[int]:
+    """xxh3-64 of each row."""
+    return list(map(xxhash.xxh3_64_intdigest, rows))
 
 
 def _compressed(chunks: Iterable[Any]) -> Iterator[bytes]:
