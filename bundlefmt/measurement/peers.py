@@ -46,7 +46,7 @@ class Subject(NamedTuple):
 
     @property
     def places(self) -> list[tuple[int, int, int]]:
-        """Name-free parts of a bundle: offset in it, length, and where the part's rows begin in
+        """Of each part: its offset in a bundle, its length, and where its rows begin in
         a copy with the parts apart."""
         start, found = 0, []
         for part in self.group.bundled:
