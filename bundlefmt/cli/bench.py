@@ -33,12 +33,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=arguments.parse_size, default=SIZE, help="of the temporary file"
     )
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="compare readers on the same batch of the model's neurons, fio as the ceiling",
+    )
     arguments.add_reading(parser)
     arguments.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print a table."""
+    if args.peers:
+        return _compare(args)
     from bundlefmt.measurement import bench
 
     with output.progress("measuring", in_bytes=False) as progress:
@@ -84,6 +91,34 @@ def run(args: argparse.Namespace) -> int:
                 f"{row.latency_p99_us:,.0f}",
                 f"{row.cpu_us_per_read:.1f}",
                 f"{row.repetitions} x {row.requests}",
+            ]
+            for row in rows
+        ],
+    )
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from bundlefmt.errors import UsageError
+    from bundlefmt.measurement.peers import compare
+
+    if args.model is None:
+        raise UsageError("a comparison needs a bundle file", field="peers")
+    rows = compare(args.model)
+    if args.json:
+        output.print_json({"rows": [asdict(row) for row in rows]})
+        return 0
+    output.print_table(
+        ["reader", "MB/s", "least..most", "CPU µs/read", "remark"],
+        [
+            [row.peer, "-", "-", "-", row.missing]
+            if row.missing
+            else [
+                row.peer,
+                f"{row.bytes_per_second / 1e6:,.0f}",
+                f"{row.least_bytes_per_second / 1e6:,.0f}..{row.most_bytes_per_second / 1e6:,.0f}",
+                f"{row.cpu_us_per_read:.1f}",
+                "",
             ]
             for row in rows
         ],

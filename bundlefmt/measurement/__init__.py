@@ -235,10 +235,10 @@ def _measure(
     for _ in range(REPETITIONS):
         drop_cache(path)
         with session() as opened:
-            cpu_before, start = _cpu_seconds(), time.perf_counter()
+            cpu_before, start = cpu_seconds(), time.perf_counter()
             taken = opened.read()
             rates.append(opened.nbytes / (time.perf_counter() - start))
-            cpu.append((_cpu_seconds() - cpu_before) / len(taken))
+            cpu.append((cpu_seconds() - cpu_before) / len(taken))
             latencies += taken
     rate = statistics.median(rates)
     return BenchRow(
@@ -266,6 +266,7 @@ def _reads_per_repetition(chunk: int) -> int:
     return min(max(_BYTES_PER_REPETITION // chunk, 1), _MOST_READS)
 
 
-def _cpu_seconds() -> float:
+def cpu_seconds() -> float:
+    """This process's CPU time."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
