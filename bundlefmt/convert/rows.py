@@ -13,6 +13,7 @@ from bundlefmt.convert.plan import PartPlan
 from bundlefmt.errors import FormatError
 from bundlefmt.layout import dtypes
 from bundlefmt.layout.encodings import ENCODINGS, numbers_in
+from bundlefmt.native import CPUS, core
 
 CHUNK_NUMBERS = 1 << 22  # numbers in flight per chunk: bounds memory whatever the width
 
@@ -71,5 +72,9 @@ class PartRows:
         if self._matrix is None:
             self._matrix = self._tensor.read().view(self._kind).reshape(self._tensor.shape)
         columns = self._matrix[:, first : first + count]
+        if core is not None:
+            item = self._kind.itemsize
+            core.transpose(columns.view(np.uint8), out.view(np.uint8), item, CPUS)
+            return
         for row in range(0, columns.shape[0], _TRANSPOSE_ROWS):
             out[:, row : row + _TRANSPOSE_ROWS] = columns[row : row + _TRANSPOSE_ROWS].T

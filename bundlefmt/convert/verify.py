@@ -19,6 +19,7 @@ from bundlefmt.convert.progress import Progress, silent
 from bundlefmt.errors import BundleError, FormatError, naming
 from bundlefmt.file import BundleFile
 from bundlefmt.layout import structure, superblock
+from bundlefmt.layout.checksums import row_digests
 from bundlefmt.layout.constants import DATA_OFFSET, SLOT_LENGTH, SLOT_OFFSETS
 from bundlefmt.layout.header import Group, Region, Span
 from bundlefmt.layout.structure import Extent
@@ -159,7 +160,7 @@ class _Check:
 
     def _bundles(self, group: Group) -> None:
         try:
-            expected = self._file.checksums(group).tolist()
+            expected = self._file.checksums(group)
             order = self._file.order(group)
         except FormatError:
             return  # the tables are checked at their own places: that tells
@@ -169,20 +170,20 @@ class _Check:
         ):
             first = (offset - group.bundles.offset) // group.stride
             rows = data.reshape(-1, group.stride)
-            for slot, row in enumerate(rows, first):
-                found = xxhash.xxh3_64_intdigest(row)
-                if found != expected[slot]:
-                    neuron = slot if order is None else int(order[slot])
-                    self._fault(
-                        FormatError(
-                            "bundle damaged",
-                            file=self._file.path,
-                            field=f"{group.label}, neuron {neuron}",
-                            offset=group.bundles.offset + slot * group.stride,
-                            expected=f"{expected[slot]:016x}",
-                            found=f"{found:016x}",
-                        )
+            found = row_digests(rows)
+            for row in np.flatnonzero(found != expected[first : first + len(rows)]).tolist():
+                slot = first + row
+                neuron = slot if order is None else int(order[slot])
+                self._fault(
+                    FormatError(
+                        "bundle damaged",
+                        file=self._file.path,
+                        field=f"{group.label}, neuron {neuron}",
+                        offset=group.bundles.offset + slot * group.stride,
+                        expected=f"{expected[slot]:016x}",
+                        found=f"{found[row]:016x}",
                     )
+                )
             for begin, end in holes:
                 dirty = np.flatnonzero(rows[:, begin:end].any(axis=1))
                 if dirty.size:

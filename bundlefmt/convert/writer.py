@@ -16,6 +16,7 @@ from bundlefmt.convert.overlap import overlapped
 from bundlefmt.layout import header as headers
 from bundlefmt.layout import structure
 from bundlefmt.layout.arithmetic import round_up
+from bundlefmt.layout.checksums import row_digests
 from bundlefmt.layout.constants import SLOT_OFFSETS
 from bundlefmt.layout.header import Header, Region, Span
 from bundlefmt.layout.superblock import Superblock
@@ -58,9 +59,9 @@ class RegionWriter:
         """Append bundles, uint8 [n, stride] at a time, then their checksum table. A chunk is in
         use until the next but one is asked for."""
         start = self.end = round_up(self.end, self.alignment)
-        digests: list[int] = []
+        digests: list[NDArray[np.uint64]] = []
 
-        def write(chunk: NDArray[np.uint8]) -> list[int]:
+        def write(chunk: NDArray[np.uint8]) -> NDArray[np.uint64]:
             found = row_digests(chunk)
             self._put(np.ascontiguousarray(chunk), self.end)
             self.end += chunk.nbytes
@@ -68,9 +69,8 @@ class RegionWriter:
 
         # Closed here, whatever happens: nothing may write once the caller closes the file.
         with closing(overlapped(write, chunks)) as results:
-            for found in results:
-                digests += found
-        table = np.array(digests, dtype="<u8")
+            digests += results
+        table = np.concatenate(digests or [np.empty(0, np.uint64)]).astype("<u8", copy=False)
         return Span(start, self.end - start), self.region(lambda: [table])
 
     def header(self, header: Header, generation: int, file_id: bytes) -> Superblock:
@@ -104,7 +104,6 @@ class RegionWriter:
         length and xxh3-64."""
         digest = xxhash.xxh3_64()
         length = 0
-
         for chunk in chunks:
             digest.update(chunk)
             length += self._put(chunk, offset + length)
@@ -118,11 +117,6 @@ class RegionWriter:
         # Of pages that are dirty, DONTNEED starts the writing: less is left for fsync to wait for.
         os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_DONTNEED)
         return count
-
-
-def row_digests(rows: NDArray[np.uint8]) -> list[int]:
-    """xxh3-64 of each row."""
-    return list(map(xxhash.xxh3_64_intdigest, rows))
 
 
 def _compressed(chunks: Iterable[Any]) -> Iterator[bytes]:

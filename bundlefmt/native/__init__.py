@@ -15,6 +15,7 @@ from typing import Any
 from bundlefmt.errors import UsageError
 
 CORES = ("native", "python")
+CPUS = len(os.sched_getaffinity(0))  # threads to compute with, where nobody says another number
 
 
 def _load() -> tuple[Any, str]:

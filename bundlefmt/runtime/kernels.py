@@ -7,7 +7,6 @@ and for many tokens at once, where BLAS is the faster.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from bundlefmt.errors import UsageError
 from bundlefmt.layout.encodings import ENCODINGS, numbers_in
 from bundlefmt.layout.header import Group
-from bundlefmt.native import core
+from bundlefmt.native import CPUS, core
 
 Floats = NDArray[np.float32]
 ActivationFunction = Callable[[Floats], Floats]
@@ -31,7 +30,7 @@ _F16_REBIAS = np.float32(2.0**112)  # exponent biases: 127 - 15
 _BLOCK_NUMBERS = 1 << 17  # widened at a time: half a MiB of float32 stays in the L2 cache
 _NATIVE_TOKENS = 16  # up to here weights decoded anew for every four tokens beat BLAS
 
-_threads = len(os.sched_getaffinity(0))
+_threads = CPUS
 
 
 def set_threads(count: int) -> None:
