@@ -196,7 +196,11 @@ def test_simd_can_be_forced(simd: str) -> None:
     )
     environment = {**os.environ, "BUNDLEFMT_SIMD": simd}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         assert f"BUNDLEFMT_SIMD={simd}" in done.stderr
@@ -220,7 +224,7 @@ def test_a_forked_child_computes_too() -> None:
         "if not child: os._exit(int((core.products(x, part, threads=2) != 4096).any()))\n"
         "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-P", "-W", "ignore", "-c", code], check=True, timeout=60)
 
 
 @needs_core
@@ -245,6 +249,10 @@ def test_the_core_can_be_switched_off() -> None:
     code = "from bundlefmt import native; print(native.core, native.reason)"
     environment = {**os.environ, "BUNDLEFMT_CORE": "python"}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-P", "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.strip() == "None BUNDLEFMT_CORE=python"
