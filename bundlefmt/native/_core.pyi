@@ -1,7 +1,5 @@
 """What the extension module offers. Arrays are C-contiguous; rows of bytes may lie apart."""
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -46,4 +44,43 @@ def digests(rows: NDArray[np.uint8], threads: int = 1) -> NDArray[np.uint64]:
 def transpose(rows: NDArray[np.uint8], out: NDArray[np.uint8], item: int, threads: int = 1) -> None:
     """out[i][j] = rows[j][i], for items of 1, 2 or 4 bytes."""
 
-def __getattr__(name: str) -> Any: ...
+class Batch:
+    """Reads under way. Letting go of it waits for them."""
+
+    @property
+    def latencies(self) -> list[int]: ...
+    @property
+    def bytes_read(self) -> int: ...
+    def wait(self) -> tuple[str, int, int, int, int, int] | None:
+        """None, or what failed first, once nothing is in flight: (`failed`, `ended` or `damaged`,
+        request, errno, bytes that came, bundle, its digest)."""
+
+class Engine:
+    """`threads` (count of them) or `uring` (its depth) over an open file. RuntimeError where there
+    is no io_uring, ValueError for alignments that are no powers of two."""
+
+    def __init__(
+        self,
+        kind: str,
+        fd: int,
+        count: int,
+        offset_alignment: int = 1,
+        memory_alignment: int = 1,
+    ) -> None: ...
+    def submit(
+        self,
+        memory: NDArray[np.uint8],
+        offsets: Slots,
+        bounds: Slots,
+        starts: Slots,
+        lengths: Slots,
+        bundle_bounds: Slots | None = None,
+        bundle_starts: Slots | None = None,
+        stride: int = 0,
+        expected: NDArray[np.uint64] | None = None,
+    ) -> Batch:
+        """Request k reads from offsets[k] on into memory[starts[v]:][:lengths[v]] for v in
+        bounds[k] .. bounds[k + 1] - 1; its bundles, `stride` bytes each, are then compared with
+        `expected`. ValueError for what lies beyond the memory, RuntimeError once closed."""
+
+    def close(self) -> None: ...

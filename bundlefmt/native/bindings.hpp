@@ -6,5 +6,6 @@
 namespace bundlefmt {
 
 void bind_kernels(nanobind::module_& module);
+void bind_reading(nanobind::module_& module);
 
 }  // namespace bundlefmt

@@ -2,4 +2,7 @@
 
 #include "bindings.hpp"
 
-NB_MODULE(_core, module) { bundlefmt::bind_kernels(module); }
+NB_MODULE(_core, module) {
+  bundlefmt::bind_kernels(module);
+  bundlefmt::bind_reading(module);
+}

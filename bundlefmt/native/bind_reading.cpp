@@ -1,0 +1,136 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "bindings.hpp"
+#include "reading/engine.hpp"
+
+namespace nb = nanobind;
+
+namespace bundlefmt {
+namespace {
+
+using Memory = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Integers = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Digests = nb::ndarray<const uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+std::vector<int64_t> copy(const Integers& from) {
+  return {from.data(), from.data() + from.shape(0)};
+}
+
+// A batch that is under way, and the memory that it fills.
+class Submitted {
+ public:
+  Submitted(std::shared_ptr<Batch> batch, Memory memory)
+      : batch_(std::move(batch)), memory_(std::move(memory)) {}
+  Submitted(const Submitted&) = delete;
+  Submitted& operator=(const Submitted&) = delete;
+
+  ~Submitted() {  // its memory must not go while it is being filled
+    const nb::gil_scoped_release released;
+    batch_->wait();
+  }
+
+  // None, or what failed first: (kind, request, errno, bytes that came, bundle, its digest).
+  nb::object wait() {
+    std::optional<Failure> failure;
+    {
+      const nb::gil_scoped_release released;
+      failure = batch_->wait();
+    }
+    if (!failure) return nb::none();
+    constexpr const char* KINDS[] = {"failed", "ended", "damaged"};
+    return nb::make_tuple(KINDS[static_cast<int>(failure->kind)], failure->request, failure->error,
+                          failure->came, failure->bundle, failure->found);
+  }
+
+  int64_t bytes_read() const { return batch_->bytes_read; }
+
+  nb::list latencies() {
+    nb::list found;
+    for (const int64_t latency : batch_->latencies) found.append(latency);
+    return found;
+  }
+
+ private:
+  std::shared_ptr<Batch> batch_;
+  Memory memory_;
+};
+
+class BoundEngine {
+ public:
+  BoundEngine(const std::string& kind, int fd, int count, int64_t offset_alignment,
+              int64_t memory_alignment) {
+    const auto power = [](int64_t n) { return n > 0 && n <= 1 << 20 && !(n & (n - 1)); };
+    if (!power(offset_alignment) || !power(memory_alignment))
+      throw nb::value_error("alignments are powers of two");
+    if (count < 1 || count > 4096) throw nb::value_error("threads or depth: 1 to 4096");
+    const Source source{fd, offset_alignment, memory_alignment};
+    if (kind == "threads")
+      engine_ = thread_engine(source, count);
+    else if (kind == "uring")
+      engine_ = uring_engine(source, count);
+    else
+      throw nb::value_error("an engine is threads or uring");
+  }
+
+  ~BoundEngine() { close(); }
+
+  std::unique_ptr<Submitted> submit(const Memory& memory, const Integers& offsets,
+                                    const Integers& bounds, const Integers& starts,
+                                    const Integers& lengths,
+                                    const std::optional<Integers>& bundle_bounds,
+                                    const std::optional<Integers>& bundle_starts, int64_t stride,
+                                    const std::optional<Digests>& expected) {
+    Reads reads;
+    reads.memory = memory.data();
+    reads.memory_bytes = static_cast<int64_t>(memory.shape(0));
+    reads.offsets = copy(offsets);
+    reads.bounds = copy(bounds);
+    reads.starts = copy(starts);
+    reads.lengths = copy(lengths);
+    if (bundle_bounds && bundle_starts && expected) {
+      reads.bundle_bounds = copy(*bundle_bounds);
+      reads.bundle_starts = copy(*bundle_starts);
+      reads.expected.assign(expected->data(), expected->data() + expected->shape(0));
+    }
+    reads.stride = stride;
+    if (const char* fault = reads.fault()) throw nb::value_error(fault);
+    auto batch = std::make_shared<Batch>(std::move(reads));
+    engine_->submit(batch);
+    return std::make_unique<Submitted>(std::move(batch), memory);
+  }
+
+  void close() {
+    const nb::gil_scoped_release released;
+    engine_->close();
+  }
+
+ private:
+  std::unique_ptr<Engine> engine_;
+};
+
+}  // namespace
+
+void bind_reading(nb::module_& module) {
+  using namespace nb::literals;
+  nb::class_<Submitted>(module, "Batch")
+      .def("wait", &Submitted::wait)
+      .def_prop_ro("latencies", &Submitted::latencies)
+      .def_prop_ro("bytes_read", &Submitted::bytes_read);
+  nb::class_<BoundEngine>(module, "Engine")
+      .def(nb::init<const std::string&, int, int, int64_t, int64_t>(), "kind"_a, "fd"_a, "count"_a,
+           "offset_alignment"_a = 1, "memory_alignment"_a = 1)
+      .def("submit", &BoundEngine::submit, "memory"_a, "offsets"_a, "bounds"_a, "starts"_a,
+           "lengths"_a, "bundle_bounds"_a = nb::none(), "bundle_starts"_a = nb::none(),
+           "stride"_a = 0, "expected"_a = nb::none())
+      .def("close", &BoundEngine::close);
+}
+
+}  // namespace bundlefmt

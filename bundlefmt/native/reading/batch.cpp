@@ -1,0 +1,186 @@
+#include "batch.hpp"
+
+#include <time.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <span>
+
+#include "../kernels/kernels.hpp"
+
+namespace bundlefmt {
+namespace {
+
+constexpr int ATTEMPTS = 8;         // of a read that brings nothing and names no error
+constexpr size_t MAX_VIEWS = 1024;  // IOV_MAX on Linux
+
+bool ascends_to(const std::vector<int64_t>& bounds, size_t end) {
+  return bounds.front() == 0 && bounds.back() == static_cast<int64_t>(end) &&
+         std::is_sorted(bounds.begin(), bounds.end());
+}
+
+bool inside(int64_t start, int64_t length, int64_t whole) {
+  return start >= 0 && length >= 0 && start <= whole && length <= whole - start;
+}
+
+int64_t bytes_of(const Reads& reads, int64_t request) {
+  int64_t total = 0;
+  for (auto view = reads.bounds[request]; view < reads.bounds[request + 1]; ++view)
+    total += reads.lengths[view];
+  return total;
+}
+
+// What is left of the views when `done` bytes of them are filled.
+std::span<iovec> after(std::span<iovec> views, size_t done) {
+  while (!views.empty() && done >= views.front().iov_len) {
+    done -= views.front().iov_len;
+    views = views.subspan(1);
+  }
+  if (!views.empty()) {
+    views.front().iov_base = static_cast<char*>(views.front().iov_base) + done;
+    views.front().iov_len -= done;
+  }
+  return views;
+}
+
+// Reads into the views until `needed` bytes are there, `came` of them already; 0 or an errno.
+// Short reads go on from the last multiple of the alignment.
+int fill(const Source& source, std::span<iovec> views, int64_t offset, int64_t needed,
+         int64_t& came) {
+  views = after(views, static_cast<size_t>(came));
+  for (int attempts = 0; came < needed && attempts < ATTEMPTS;) {
+    const int count = static_cast<int>(std::min(views.size(), MAX_VIEWS));
+    int64_t got = preadv(source.fd, views.data(), count, offset + came);
+    if (got < 0 && errno != EINTR && errno != EAGAIN) return errno;
+    if (got < 0) got = 0;
+    if (came + got < needed) got -= got % source.offset_alignment;
+    attempts = got ? 0 : attempts + 1;
+    came += got;
+    views = after(views, static_cast<size_t>(got));
+  }
+  return 0;
+}
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+}  // namespace
+
+const char* Reads::fault() const {
+  const size_t n = offsets.size(), bundles = bundle_starts.size();
+  if (bounds.size() != n + 1 || starts.size() != lengths.size() ||
+      !ascends_to(bounds, starts.size()))
+    return "bounds do not part the views among the requests";
+  for (const int64_t offset : offsets)
+    if (offset < 0) return "an offset below zero";
+  for (size_t view = 0; view < starts.size(); ++view)
+    if (!inside(starts[view], lengths[view], memory_bytes)) return "a view beyond the memory";
+  for (size_t k = 0; k < n; ++k) {
+    int64_t end = offsets[k];
+    for (int64_t view = bounds[k]; view < bounds[k + 1]; ++view)
+      if (__builtin_add_overflow(end, lengths[static_cast<size_t>(view)], &end) ||
+          end > INT64_MAX / 2)
+        return "a read beyond any file";
+  }
+  if (bundle_bounds.empty() && !bundles) return nullptr;
+  if (bundle_bounds.size() != n + 1 || expected.size() != bundles ||
+      !ascends_to(bundle_bounds, bundles))
+    return "bounds do not part the bundles among the requests";
+  for (const int64_t start : bundle_starts)
+    if (!inside(start, stride, memory_bytes)) return "a bundle beyond the memory";
+  return nullptr;
+}
+
+std::optional<int64_t> Batch::take() {
+  const std::lock_guard<std::mutex> guard(mutex_);
+  if (failure_ || next_ == reads.count()) return std::nullopt;
+  return next_++;
+}
+
+void Batch::finish(const std::optional<Failure>& failure) {
+  const std::lock_guard<std::mutex> guard(mutex_);
+  if (failure && !failure_) {
+    failure_ = failure;
+    unfinished_ -= reads.count() - next_;  // those will not be taken
+  }
+  if (--unfinished_ == 0) done_.notify_all();
+}
+
+std::optional<Failure> Batch::wait() {
+  std::unique_lock<std::mutex> guard(mutex_);
+  done_.wait(guard, [this] { return unfinished_ == 0; });
+  return failure_;
+}
+
+bool aligned(const Source& source, const Reads& reads, int64_t request) {
+  int64_t together = reads.offsets[request];
+  uint64_t addresses = 0;
+  for (auto view = reads.bounds[request]; view < reads.bounds[request + 1]; ++view) {
+    together |= reads.lengths[view];
+    addresses |= reinterpret_cast<uintptr_t>(reads.memory + reads.starts[view]);
+  }
+  return together % source.offset_alignment == 0 &&
+         addresses % static_cast<uint64_t>(source.memory_alignment) == 0;
+}
+
+std::vector<iovec> views_of(const Reads& reads, int64_t request) {
+  std::vector<iovec> views;
+  for (auto view = reads.bounds[request]; view < reads.bounds[request + 1]; ++view)
+    views.push_back({reads.memory + reads.starts[view], static_cast<size_t>(reads.lengths[view])});
+  return views;
+}
+
+std::optional<Failure> check(const Reads& reads, int64_t request) {
+  if (reads.bundle_bounds.empty()) return std::nullopt;
+  for (auto k = reads.bundle_bounds[request]; k < reads.bundle_bounds[request + 1]; ++k) {
+    const uint64_t found = kernels().xxh3_64(reads.memory + reads.bundle_starts[k],
+                                             static_cast<uint64_t>(reads.stride));
+    if (found != reads.expected[k]) return Failure{Kind::damaged, request, 0, 0, k, found};
+  }
+  return std::nullopt;
+}
+
+std::optional<Failure> serve(const Source& source, Batch& batch, int64_t request, int64_t came) {
+  const Reads& reads = batch.reads;
+  const int64_t needed = bytes_of(reads, request), offset = reads.offsets[request];
+  std::vector<iovec> views = views_of(reads, request);
+  int error;
+  if (aligned(source, reads, request)) {
+    error = fill(source, views, offset, needed, came);
+    batch.bytes_read += came;
+  } else {
+    const int64_t skipped = offset % source.offset_alignment;
+    const int64_t unit = source.offset_alignment;
+    const int64_t widened = (skipped + needed + unit - 1) / unit * unit;
+    const auto alignment = static_cast<size_t>(std::max<int64_t>(source.memory_alignment, 64));
+    const size_t room = (static_cast<size_t>(widened) + alignment - 1) / alignment * alignment;
+    const std::unique_ptr<void, Free> scratch(std::aligned_alloc(alignment, room));
+    if (!scratch) return Failure{Kind::failed, request, ENOMEM, 0, 0, 0};
+    iovec whole{scratch.get(), static_cast<size_t>(widened)};
+    came = 0;
+    error = fill(source, {&whole, 1}, offset - skipped, skipped + needed, came);
+    batch.bytes_read += came;
+    came = std::clamp<int64_t>(came - skipped, 0, needed);
+    const uint8_t* from = static_cast<const uint8_t*>(scratch.get()) + skipped;
+    if (came == needed)
+      for (const iovec& view : views) {
+        std::memcpy(view.iov_base, from, view.iov_len);
+        from += view.iov_len;
+      }
+  }
+  if (error) return Failure{Kind::failed, request, error, came, 0, 0};
+  if (came < needed) return Failure{Kind::ended, request, 0, came, 0, 0};
+  return check(reads, request);
+}
+
+int64_t now() {
+  timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return time.tv_sec * 1'000'000'000 + time.tv_nsec;
+}
+
+}  // namespace bundlefmt

@@ -1,0 +1,25 @@
+// What serves batches: a pool of reading threads, or one thread with an io_uring.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "batch.hpp"
+
+namespace bundlefmt {
+
+class Engine {
+ public:
+  virtual ~Engine() = default;
+  // Takes a batch on. Batches are served in turn. Throws std::runtime_error once it is closed, and
+  // in a child process, which has none of the threads.
+  virtual void submit(std::shared_ptr<Batch> batch) = 0;
+  // Waits for what was submitted. May be called twice.
+  virtual void close() = 0;
+};
+
+std::unique_ptr<Engine> thread_engine(const Source& source, int threads);
+// Throws std::runtime_error where there is no io_uring to be had: not built in, or refused.
+std::unique_ptr<Engine> uring_engine(const Source& source, int depth);
+
+}  // namespace bundlefmt

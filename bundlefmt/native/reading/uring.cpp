@@ -1,0 +1,179 @@
+// One thread owns the ring: it fills it up to its depth, and checks what comes out of it.
+#include "engine.hpp"
+
+#if !defined(BUNDLEFMT_URING)
+
+#include <stdexcept>
+
+namespace bundlefmt {
+std::unique_ptr<Engine> uring_engine(const Source&, int) {
+  throw std::runtime_error("built without liburing");
+}
+}  // namespace bundlefmt
+
+#else
+
+#include <liburing.h>
+
+#include <cerrno>
+#include <cstring>
+#include <future>
+#include <stdexcept>
+#include <thread>
+
+#include "queue.hpp"
+
+namespace bundlefmt {
+namespace {
+
+// A request on its way.
+struct Flight {
+  Turn turn;
+  std::vector<iovec> views;
+  int64_t start;
+  int64_t needed;
+};
+
+class Uring : public Engine {
+ public:
+  Uring(const Source& source, int depth) : source_(source), flights_(static_cast<size_t>(depth)) {
+    for (int i = depth; i-- > 0;) free_.push_back(i);
+    std::promise<int> ready;
+    thread_ = std::thread([this, &ready] { work(ready); });
+    const int error = ready.get_future().get();
+    if (error) {
+      thread_.join();
+      throw std::runtime_error(std::string("io_uring: ") + std::strerror(error));
+    }
+  }
+  ~Uring() override { close(); }
+
+  void submit(std::shared_ptr<Batch> batch) override { queue_.push(std::move(batch)); }
+
+  void close() override {
+    queue_.close();
+    if (!thread_.joinable()) return;
+    if (queue_.ours())
+      thread_.join();
+    else
+      thread_.detach();  // a child process does not have it
+  }
+
+ private:
+  // The thread that reads sets the ring up, since the kernel can save more when one thread does
+  // all; older kernels do not know that, and get a plain ring.
+  int open() {
+    const auto depth = static_cast<unsigned>(flights_.size());
+    int error = -EINVAL;
+#if defined(IORING_SETUP_SINGLE_ISSUER) && defined(IORING_SETUP_DEFER_TASKRUN)
+    error = io_uring_queue_init(depth, &ring_,
+                                IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN);
+#endif
+    if (error) error = io_uring_queue_init(depth, &ring_, 0);
+    if (error) return -error;
+    registered_ = io_uring_register_files(&ring_, &source_.fd, 1) == 0;
+    return 0;
+  }
+
+  void work(std::promise<int>& ready) {
+    const int error = open();
+    ready.set_value(error);
+    if (error) return;
+    for (;;) {
+      while (!free_.empty()) {
+        auto turn = queue_.pop(free_.size() == flights_.size());
+        if (!turn) break;
+        launch(std::move(*turn));
+      }
+      if (free_.size() == flights_.size()) break;  // closed, and nothing on its way
+      const int submitted = io_uring_submit_and_wait(&ring_, 1);
+      if (submitted < 0 && submitted != -EINTR && submitted != -EAGAIN && submitted != -EBUSY) {
+        return give_up();
+      }
+      land();
+    }
+    io_uring_queue_exit(&ring_);
+  }
+
+  void launch(Turn turn) {
+    const Reads& reads = turn.batch->reads;
+    if (!aligned(source_, reads, turn.request) ||
+        reads.bounds[turn.request + 1] - reads.bounds[turn.request] > 1024)
+      return finish(turn, now(), serve(source_, *turn.batch, turn.request));
+    const int index = free_.back();
+    free_.pop_back();
+    Flight& flight = flights_[static_cast<size_t>(index)];
+    flight = {std::move(turn), views_of(reads, turn.request), now(), 0};
+    for (const iovec& view : flight.views) flight.needed += static_cast<int64_t>(view.iov_len);
+    io_uring_sqe* entry = io_uring_get_sqe(&ring_);  // there are as many as flights
+    const auto offset = static_cast<uint64_t>(reads.offsets[flight.turn.request]);
+    const int fd = registered_ ? 0 : source_.fd;
+    if (flight.views.size() == 1)
+      io_uring_prep_read(entry, fd, flight.views[0].iov_base,
+                         static_cast<unsigned>(flight.views[0].iov_len), offset);
+    else
+      io_uring_prep_readv(entry, fd, flight.views.data(),
+                          static_cast<unsigned>(flight.views.size()), offset);
+    if (registered_) entry->flags |= IOSQE_FIXED_FILE;
+    io_uring_sqe_set_data64(entry, static_cast<uint64_t>(index));
+  }
+
+  void land() {
+    unsigned head, landed = 0;
+    io_uring_cqe* entry;
+    io_uring_for_each_cqe(&ring_, head, entry) {
+      ++landed;
+      const auto index = static_cast<int>(io_uring_cqe_get_data64(entry));
+      Flight& flight = flights_[static_cast<size_t>(index)];
+      Batch& batch = *flight.turn.batch;
+      std::optional<Failure> failure;
+      if (entry->res == flight.needed) {
+        batch.bytes_read += flight.needed;
+        failure = check(batch.reads, flight.turn.request);
+      } else if (entry->res >= 0 || entry->res == -EINTR || entry->res == -EAGAIN) {
+        failure = serve(source_, batch, flight.turn.request);  // short: rare enough to read anew
+      } else {
+        failure = Failure{Kind::failed, flight.turn.request, -entry->res, 0, 0, 0};
+      }
+      finish(flight.turn, flight.start, failure);
+      flight.turn.batch.reset();
+      free_.push_back(index);
+    }
+    io_uring_cq_advance(&ring_, landed);
+  }
+
+  static void finish(const Turn& turn, int64_t start, const std::optional<Failure>& failure) {
+    turn.batch->latencies[static_cast<size_t>(turn.request)] = now() - start;
+    turn.batch->finish(failure);
+  }
+
+  // The ring itself failed. The kernel lets go of what is in flight when the ring is closed; all
+  // that was or will be asked for is read without it.
+  void give_up() {
+    io_uring_queue_exit(&ring_);
+    for (Flight& flight : flights_)
+      if (flight.turn.batch)
+        finish(flight.turn, flight.start,
+               serve(source_, *flight.turn.batch, flight.turn.request));
+    while (const auto turn = queue_.pop(true))
+      finish(*turn, now(), serve(source_, *turn->batch, turn->request));
+  }
+
+  const Source source_;
+  Queue queue_;
+  std::vector<Flight> flights_;
+  std::vector<int> free_;
+  io_uring ring_{};
+  bool registered_ = false;
+  std::thread thread_;
+};
+
+}  // namespace
+
+std::unique_ptr<Engine> uring_engine(const Source& source, int depth) {
+  return std::make_unique<Uring>(source, depth);
+}
+
+}  // namespace bundlefmt
+
+#endif
