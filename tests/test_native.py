@@ -51,6 +51,17 @@ def error(found: NDArray[Any], exact: NDArray[Any], magnitude: NDArray[Any]) -> 
     return float((np.abs(found - exact) / (magnitude + 1e-30)).max(initial=0))
 
 
+def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code with the installed package, not the folder at hand."""
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 SHAPES = [
     # encoding, numbers: multiples of a vector, and not where the encoding takes them
     *(("f32", n) for n in (1, 31, 32, 100, 4096)),
@@ -194,14 +205,7 @@ def test_simd_can_be_forced(simd: str) -> None:
         "rows = np.linspace(-2, 3, 700).astype(np.float16).reshape(10, 70).view(np.uint8)\n"
         "print(core.simd(), core.products(x, core.Part(rows, 'f16')).sum())"
     )
-    environment = {**os.environ, "BUNDLEFMT_SIMD": simd}
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = in_a_new_process(code, BUNDLEFMT_SIMD=simd)
     if done.returncode:
         assert f"BUNDLEFMT_SIMD={simd}" in done.stderr
         assert simd != "portable"
@@ -247,12 +251,6 @@ def test_the_runtime_computes_the_same_with_and_without_the_core(
 
 def test_the_core_can_be_switched_off() -> None:
     code = "from bundlefmt import native; print(native.core, native.reason)"
-    environment = {**os.environ, "BUNDLEFMT_CORE": "python"}
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = in_a_new_process(code, BUNDLEFMT_CORE="python")
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "None BUNDLEFMT_CORE=python"
