@@ -23,7 +23,7 @@ from bundlefmt.layout.header import decode as decode_header
 from bundlefmt.layout.order import is_permutation
 from bundlefmt.layout.superblock import Superblock
 from bundlefmt.reader import Reader
-from bundlefmt.storage.backends import DEFAULT_THREADS, open_backend
+from bundlefmt.storage.backends import DEFAULT_QUEUE_DEPTH, DEFAULT_THREADS, open_backend
 
 _ZSTD_STEP = 64  # compressed bytes at a time: at most 16 blocks of 128 KiB come out of them
 
@@ -172,14 +172,20 @@ class BundleFile:
         return order
 
     def reader(
-        self, backend: str = "auto", *, verify: bool = True, threads: int = DEFAULT_THREADS
+        self,
+        backend: str = "auto",
+        *,
+        verify: bool = True,
+        threads: int = DEFAULT_THREADS,
+        queue_depth: int = DEFAULT_QUEUE_DEPTH,
     ) -> Reader:
-        """A batch reader of this file's bundles. See `Reader`.
+        """A batch reader of this file's bundles. See `Reader`. `uring` has `queue_depth` reads in
+        flight, the other backends one for each of their `threads`.
 
         Raises UsageError for an unknown backend, ReadError when the one asked for by name cannot
         work here.
         """
-        opened, fallback = open_backend(self.path, backend, threads)
+        opened, fallback = open_backend(self.path, backend, threads, queue_depth)
         try:
             same = os.path.samestat(os.fstat(self._fd), Path(self.path).stat())
         except OSError:

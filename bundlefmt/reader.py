@@ -2,19 +2,19 @@
 
 Strategy: ids become slots of the group's region; slots that touch become one request, scattered
 over the rows of the result by its views; the backend widens what the device wants wider. Every
-bundle is checked against its xxh3-64 on the thread that read it.
+bundle is checked against its xxh3-64 as soon as it has come. All of it is arrays: nothing here is
+done neuron by neuron.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import xxhash
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from bundlefmt.errors import FormatError, UsageError
@@ -22,7 +22,7 @@ from bundlefmt.layout.arithmetic import round_down
 from bundlefmt.layout.encodings import numbers_in
 from bundlefmt.layout.header import Group
 from bundlefmt.layout.order import slots_of
-from bundlefmt.storage.backends import MAX_VIEWS, Backend, Batch, Request
+from bundlefmt.storage.backends import MAX_VIEWS, Backend, Batch, Checks, Damaged, Requests
 from bundlefmt.storage.buffers import aligned_empty
 
 # A longer run is split so that several threads share it. 256 KiB and up reach an NVMe's
@@ -94,97 +94,118 @@ class Bundles:
         return self.part("down")
 
 
+class _Placed(NamedTuple):
+    """Where each bundle of a batch lies and goes: ascending `slots`, slot k into row rows[k] of the
+    bundles; `twins` are rows whose neuron stands in the batch before, in the rows `firsts`."""
+
+    bundles: Bundles
+    slots: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    twins: NDArray[np.int64]
+    firsts: NDArray[np.int64]
+
+    def requests(self, skip: int, checksums: NDArray[np.uint64] | None) -> Requests:
+        """One request per run of touching slots, none longer than MAX_REQUEST, each from the
+        `skip`-th byte of its first bundle on."""
+        group, count, stride = self.bundles.group, self.slots.size, self.bundles.group.stride
+        memory, row_starts = _as_memory(self.bundles.raw)
+        starts = row_starts[self.rows]
+        longest = min(max(MAX_REQUEST // stride, 1), MAX_VIEWS)
+        index = np.arange(count)
+        apart = np.ones(count, dtype=bool)
+        apart[1:] = np.diff(self.slots) != 1
+        in_run = index - np.maximum.accumulate(np.where(apart, index, 0))
+        begins = in_run % longest == 0  # a request
+        breaks = begins.copy()  # rows that touch are one view
+        breaks[1:] |= np.diff(starts) != stride
+        firsts, views = np.flatnonzero(begins), np.flatnonzero(breaks)
+        ahead = np.where(begins[views], skip, 0)
+        return Requests(
+            memory,
+            self.slots[firsts] * stride + (group.bundles.offset + skip),
+            np.append(np.searchsorted(views, firsts), views.size),
+            starts[views] + ahead,
+            np.diff(views, append=count) * stride - ahead,
+            None
+            if checksums is None
+            else Checks(np.append(firsts, count), starts, stride, checksums[self.slots]),
+        )
+
+
+def _as_memory(rows: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The bytes from the lowest row's first to the highest row's last, and where in them each row
+    begins."""
+    count, step = rows.shape[0], rows.strides[0]
+    if step < 0:
+        rows = rows[::-1]
+    length = abs(step) * (count - 1) + rows.shape[1] if count else 0
+    starts = np.arange(count) * step
+    return as_strided(rows, (length,), (1,)), starts - min(step * (count - 1), 0)
+
+
 class Pending:
-    """A batch in flight. `latencies` holds nanoseconds per request, once it is there."""
+    """A batch in flight."""
 
     def __init__(
-        self,
-        reads: Batch,
-        bundles: Bundles,
-        asked: ReadStats,
-        stats: ReadStats,
-        duplicates: tuple[NDArray[np.int64], NDArray[np.int64]],
-    ):
+        self, path: str, reads: Batch, placed: _Placed, asked: ReadStats, stats: ReadStats
+    ) -> None:
+        self._path = path
         self._reads = reads
-        self._bundles = bundles
+        self._placed = placed
         self._asked = asked
         self._stats = stats
-        self._duplicates = duplicates
         self._done = False
 
     @property
     def latencies(self) -> list[int]:
-        """Nanoseconds that each request took."""
+        """Nanoseconds that each request took, once all are there."""
         return self._reads.latencies
 
     def result(self) -> Bundles:
         """Wait for the batch. Raises ReadError or FormatError once nothing of it is in flight."""
+        bundles = self._placed.bundles
         if not self._done:
             start = time.perf_counter()
-            self._reads.wait()
+            try:
+                self._reads.wait()
+            except Damaged as damage:
+                raise self._error(damage) from None
             self._stats.seconds += time.perf_counter() - start
             self._stats.requests += self._asked.requests
             self._stats.bundles += self._asked.bundles
             self._stats.bytes_asked += self._asked.bytes_asked
             self._stats.bytes_read += self._reads.bytes_read
-            twins, firsts = self._duplicates
-            if twins.size:
-                self._bundles.raw[twins] = self._bundles.raw[firsts]
+            if self._placed.twins.size:
+                bundles.raw[self._placed.twins] = bundles.raw[self._placed.firsts]
             self._done = True
-        return self._bundles
+        return bundles
 
-
-class _Placed(NamedTuple):
-    """Where each bundle of a batch lies and goes: ascending `slots`, slot k into
-    target[rows[k]]."""
-
-    group: Group
-    slots: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    target: NDArray[np.uint8]
-
-    def requests(self, skip: int) -> list[Request]:
-        """One request per run of touching slots, none longer than MAX_REQUEST, each from the
-        `skip`-th byte of its first bundle on; its tag is its slice of `slots`."""
-        count, stride = self.slots.size, self.group.stride
-        longest = min(max(MAX_REQUEST // stride, 1), MAX_VIEWS)
-        index = np.arange(count)
-        apart = np.ones(count, dtype=bool)
-        apart[1:] = self.slots[1:] != self.slots[:-1] + 1
-        in_run = index - np.maximum.accumulate(np.where(apart, index, 0))
-        bounds = [*np.flatnonzero(in_run % longest == 0).tolist(), count]
-        offsets = (self.slots * stride + (self.group.bundles.offset + skip)).tolist()
-        return [
-            Request(offsets[a], self._views(a, b, skip), slice(a, b)) for a, b in pairwise(bounds)
-        ]
-
-    def _views(self, a: int, b: int, skip: int) -> list[NDArray[np.uint8]]:
-        """The memory for slots[a:b], rows that touch as one view."""
-        if b - a == 1:
-            return [self.target[self.rows[a]][skip:]]
-        rows = self.rows[a:b]
-        if self.target.strides[0] == self.group.stride:
-            breaks = np.flatnonzero(rows[1:] != rows[:-1] + 1) + 1
-        else:
-            breaks = np.arange(1, rows.size)
-        bounds = [0, *breaks.tolist(), rows.size]
-        views = [self.target[rows[i] : rows[i] + (j - i)].reshape(-1) for i, j in pairwise(bounds)]
-        views[0] = views[0][skip:]
-        return views
+    def _error(self, damage: Damaged) -> FormatError:
+        group, slot = self._placed.bundles.group, int(self._placed.slots[damage.row])
+        neuron = self._placed.bundles.neurons[self._placed.rows[damage.row]]
+        return FormatError(
+            "bundle damaged",
+            file=self._path,
+            field=f"{group.label}, neuron {neuron}",
+            offset=group.bundles.offset + slot * group.stride,
+            expected=f"{damage.expected:016x}",
+            found=f"{damage.found:016x}",
+        )
 
 
 class Reader:
     """Serves batches of neurons from one bundle file through one backend; a context manager.
 
     `backend` is the backend in effect and `fallback` why it is not the first choice (None when
-    it is). `verify` checks every bundle that is read. The file must stay open meanwhile.
+    it is); `in_flight` is how many requests it has with the device at once. `verify` checks every
+    bundle that is read. The file must stay open meanwhile.
     """
 
     def __init__(
         self, file: Catalogue, backend: Backend, *, fallback: str | None = None, verify: bool = True
     ) -> None:
         self.backend = backend.name
-        self.threads = backend.threads
+        self.in_flight = backend.in_flight
         self.fallback = fallback
         self.verify = verify
         self.stats = ReadStats()
@@ -240,23 +261,29 @@ class Reader:
         if known is not None:
             held = self._check_known(group, known)
             rows[:, :held] = known[ids]
-        slots = self._slots_of(group, ids)
-        by_slot = np.argsort(slots, kind="stable")
-        sorted_slots = slots[by_slot]
-        fresh = np.ones(ids.size, dtype=bool)
-        fresh[1:] = sorted_slots[1:] != sorted_slots[:-1]
-        placed = _Placed(group, sorted_slots[fresh], by_slot[fresh], rows)
-        duplicates = (by_slot[~fresh], placed.rows[np.cumsum(fresh) - 1][~fresh])
+        placed = self._place(Bundles(group, ids, rows))
         skip = round_down(held, self._backend.offset_alignment)
-        requests = placed.requests(skip)
-        check = self._checker(placed, ids) if self.verify else None
-        reads = self._backend.submit(requests, check)
+        requests = placed.requests(skip, self._checksums_of(group) if self.verify else None)
         asked = ReadStats(
-            requests=len(requests),
+            requests=requests.offsets.size,
             bundles=placed.rows.size,
             bytes_asked=placed.rows.size * (group.used - held),
         )
-        return Pending(reads, Bundles(group, ids, rows), asked, self.stats, duplicates)
+        return Pending(self._file.path, self._backend.submit(requests), placed, asked, self.stats)
+
+    def _place(self, bundles: Bundles) -> _Placed:
+        slots = self._slots_of(bundles.group, bundles.neurons)
+        by_slot = np.argsort(slots, kind="stable")
+        slots = slots[by_slot]
+        fresh = np.ones(slots.size, dtype=bool)
+        fresh[1:] = slots[1:] != slots[:-1]
+        if fresh.all():
+            none = by_slot[:0]
+            return _Placed(bundles, slots, by_slot, none, none)
+        rows = by_slot[fresh]
+        return _Placed(
+            bundles, slots[fresh], rows, by_slot[~fresh], rows[np.cumsum(fresh) - 1][~fresh]
+        )
 
     def _check_ids(self, group: Group, neurons: Neurons) -> NDArray[np.int64]:
         try:
@@ -325,26 +352,8 @@ class Reader:
         table = self._slots[key]
         return ids if table is None else table[ids].astype(np.int64)
 
-    def _checker(self, placed: _Placed, ids: NDArray[np.int64]) -> Callable[[Request], None]:
-        """A function that compares a request's bundles with the group's checksums."""
-        group = placed.group
+    def _checksums_of(self, group: Group) -> NDArray[np.uint64]:
         key = (group.layer, group.expert)
         if key not in self._checksums:
             self._checksums[key] = self._file.checksums(group)
-        expected = self._checksums[key][placed.slots].tolist()
-        rows = placed.rows.tolist()
-
-        def check(request: Request) -> None:
-            for k in range(request.tag.start, request.tag.stop):
-                found = xxhash.xxh3_64_intdigest(placed.target[rows[k]])
-                if found != expected[k]:
-                    raise FormatError(
-                        "bundle damaged",
-                        file=self._file.path,
-                        field=f"{group.label}, neuron {ids[rows[k]]}",
-                        offset=group.bundles.offset + int(placed.slots[k]) * group.stride,
-                        expected=f"{expected[k]:016x}",
-                        found=f"{found:016x}",
-                    )
-
-        return check
+        return self._checksums[key]

@@ -14,7 +14,7 @@ from bundlefmt.layout.planner import ALIGNMENTS
 from bundlefmt.measurement import DEFAULT_SIZE
 from bundlefmt.runtime.config import _DECODERS
 from bundlefmt.runtime.ffn import MODES
-from bundlefmt.storage.backends import CHOICES, DEFAULT_THREADS
+from bundlefmt.storage.backends import CHOICES, DEFAULT_QUEUE_DEPTH, DEFAULT_THREADS
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -27,6 +27,7 @@ def test_the_command_line_offers_what_the_package_has() -> None:
     assert run.MODES == MODES
     assert arguments.BACKENDS == CHOICES
     assert arguments.THREADS == DEFAULT_THREADS
+    assert arguments.QUEUE_DEPTH == DEFAULT_QUEUE_DEPTH
     assert bench.SIZE == DEFAULT_SIZE
 
 

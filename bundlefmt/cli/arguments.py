@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 
-BACKENDS = ("auto", "direct", "buffered", "mmap")
+BACKENDS = ("auto", "uring", "direct", "buffered", "mmap")
 THREADS = 32
+QUEUE_DEPTH = 64
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 

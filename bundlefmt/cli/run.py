@@ -31,6 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="of the sampling")
     parser.add_argument("--backend", default="auto", choices=arguments.BACKENDS)
     parser.add_argument("--threads", type=int, default=arguments.THREADS, help="reading threads")
+    parser.add_argument(
+        "--queue-depth",
+        type=int,
+        default=arguments.QUEUE_DEPTH,
+        metavar="N",
+        help="reads in flight, of the uring backend",
+    )
+    parser.add_argument(
+        "--compute-threads", type=int, metavar="N", help="default: one for each CPU"
+    )
     arguments.add_reading(parser)
     arguments.add_json(parser)
 
@@ -59,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         backend=args.backend,
         verify=not args.no_verify,
         threads=args.threads,
+        queue_depth=args.queue_depth,
+        compute_threads=args.compute_threads,
         on_text=show,
     )
     if args.json:

@@ -24,7 +24,7 @@ from bundlefmt.errors import ReadError, UsageError, WriteError
 from bundlefmt.file import BundleFile
 from bundlefmt.layout.header import Group
 from bundlefmt.storage.atomic import require_free_space, scratch_file
-from bundlefmt.storage.backends import BACKENDS, DEFAULT_THREADS, Request, open_backend
+from bundlefmt.storage.backends import BACKENDS, DEFAULT_THREADS, open_backend, whole_rows
 from bundlefmt.storage.buffers import aligned_empty
 from bundlefmt.storage.device import drop_cache
 
@@ -139,10 +139,7 @@ def _bench_device(path: str, name: str, chunk: int, threads: int) -> BenchRow:
     @contextmanager
     def session() -> Iterator[Session]:
         backend, fallback = open_backend(path, name, threads)
-        places = random.choice(size // chunk, count, replace=False).tolist()
-        requests = [
-            Request(place * chunk, [row]) for place, row in zip(places, memory, strict=True)
-        ]
+        requests = whole_rows(memory, random.choice(size // chunk, count, replace=False) * chunk)
 
         def read() -> list[int]:
             batch = backend.submit(requests)

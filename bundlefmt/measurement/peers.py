@@ -26,7 +26,7 @@ from bundlefmt.file import BundleFile
 from bundlefmt.layout.header import Group
 from bundlefmt.measurement import REPETITIONS, cpu_seconds
 from bundlefmt.measurement.fio import ceiling
-from bundlefmt.storage.backends import BACKENDS, Request, open_backend
+from bundlefmt.storage.backends import BACKENDS, Requests, open_backend, whole_rows
 from bundlefmt.storage.buffers import aligned_empty
 from bundlefmt.storage.device import drop_cache
 
@@ -145,12 +145,9 @@ def _fio(path: str, chunk: int) -> PeerRow:
 @contextmanager
 def _backend(subject: Subject, name: str) -> Iterator[Read]:
     """One of our backends, a whole bundle per read."""
-    start, stride = subject.group.bundles.offset, subject.group.stride
     out = subject.empty()
-    requests = [
-        Request(start + slot * stride, [row])
-        for slot, row in zip(subject.slots.tolist(), out, strict=True)
-    ]
+    offsets = subject.group.bundles.offset + subject.slots * subject.group.stride
+    requests = whole_rows(out, offsets)
     with _submitting(subject.path, name, requests, out) as read:
         yield read
 
@@ -159,17 +156,21 @@ def _backend(subject: Subject, name: str) -> Iterator[Read]:
 def _unbundled(subject: Subject) -> Iterator[Read]:
     """The backend that `auto` takes, a read for each part of each neuron."""
     out = subject.empty()
-    requests = [
-        Request(start + slot * length, [row[offset : offset + length]])
-        for slot, row in zip(subject.slots.tolist(), out, strict=True)
-        for offset, length, start in subject.places
-    ]
+    rows = np.arange(subject.slots.size)[:, None] * subject.group.stride
+    places, lengths, regions = np.array(subject.places).T
+    requests = Requests(
+        out.reshape(-1),
+        (regions + subject.slots[:, None] * lengths).reshape(-1),
+        np.arange(rows.size * lengths.size + 1),
+        (rows + places).reshape(-1),
+        np.tile(lengths, rows.size),
+    )
     with _submitting(str(_copy(subject)), "auto", requests, out) as read:
         yield read
 
 
 @contextmanager
-def _submitting(path: str, name: str, requests: list[Request], out: Bytes) -> Iterator[Read]:
+def _submitting(path: str, name: str, requests: Requests, out: Bytes) -> Iterator[Read]:
     backend, _ = open_backend(path, name)
 
     def read() -> Bytes:

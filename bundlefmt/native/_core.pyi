@@ -44,6 +44,8 @@ def digests(rows: NDArray[np.uint8], threads: int = 1) -> NDArray[np.uint64]:
 def transpose(rows: NDArray[np.uint8], out: NDArray[np.uint8], item: int, threads: int = 1) -> None:
     """out[i][j] = rows[j][i], for items of 1, 2 or 4 bytes."""
 
+MAX_IN_FLIGHT: int  # the largest count that an engine takes
+
 class Batch:
     """Reads under way. Letting go of it waits for them."""
 

@@ -16,6 +16,8 @@ namespace nb = nanobind;
 namespace bundlefmt {
 namespace {
 
+constexpr int MAX_IN_FLIGHT = 4096;
+
 using Memory = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Integers = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Digests = nb::ndarray<const uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -70,7 +72,7 @@ class BoundEngine {
     const auto power = [](int64_t n) { return n > 0 && n <= 1 << 20 && !(n & (n - 1)); };
     if (!power(offset_alignment) || !power(memory_alignment))
       throw nb::value_error("alignments are powers of two");
-    if (count < 1 || count > 4096) throw nb::value_error("threads or depth: 1 to 4096");
+    if (count < 1 || count > MAX_IN_FLIGHT) throw nb::value_error("too few or too many in flight");
     const Source source{fd, offset_alignment, memory_alignment};
     if (kind == "threads")
       engine_ = thread_engine(source, count);
@@ -120,6 +122,7 @@ class BoundEngine {
 
 void bind_reading(nb::module_& module) {
   using namespace nb::literals;
+  module.attr("MAX_IN_FLIGHT") = MAX_IN_FLIGHT;
   nb::class_<Submitted>(module, "Batch")
       .def("wait", &Submitted::wait)
       .def_prop_ro("latencies", &Submitted::latencies)

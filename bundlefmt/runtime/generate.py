@@ -19,7 +19,7 @@ from bundlefmt.runtime import kernels
 from bundlefmt.runtime.config import decoder_config, eos_of
 from bundlefmt.runtime.decoder import Decoder
 from bundlefmt.runtime.ffn import MODES, Streamer
-from bundlefmt.storage.backends import DEFAULT_THREADS
+from bundlefmt.storage.backends import DEFAULT_QUEUE_DEPTH, DEFAULT_THREADS
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,14 @@ class Model:
     """A language model on a bundle file; a context manager. Made by `load_model`."""
 
     def __init__(
-        self, path: str | os.PathLike[str], *, mode: str, backend: str, verify: bool, threads: int
+        self,
+        path: str | os.PathLike[str],
+        *,
+        mode: str,
+        backend: str,
+        verify: bool,
+        threads: int,
+        queue_depth: int,
     ) -> None:
         if mode not in MODES:
             raise UsageError("unknown mode", field="mode", expected=", ".join(MODES), found=mode)
@@ -56,7 +63,7 @@ class Model:
             config = decoder_config(self.file.config, len(self.file.groups))
             self._eos = config.eos | _eos(self.file)
             self.reader: Reader = stack.enter_context(
-                self.file.reader(backend, verify=verify, threads=threads)
+                self.file.reader(backend, verify=verify, threads=threads, queue_depth=queue_depth)
             )
             self.decoder = Decoder(config, self.file, Streamer(self.reader), mode)
             self._open = stack.pop_all()
@@ -119,14 +126,22 @@ def load_model(
     backend: str = "auto",
     verify: bool = True,
     threads: int = DEFAULT_THREADS,
+    queue_depth: int = DEFAULT_QUEUE_DEPTH,
+    compute_threads: int | None = None,
 ) -> Model:
     """The model in a bundle file, ready to compute.
 
     `dense` streams every neuron; `exact`, for ReLU-like activations, reads only bundles whose
-    activation is not zero, and gives the same tokens. Raises UsageError for a model or mode that
+    activation is not zero, and gives the same tokens. `threads` and `queue_depth` are the reader's
+    (`BundleFile.reader`); `compute_threads`, where given, becomes the process's number of threads
+    to compute with (`kernels.set_threads`). Raises UsageError for a model or mode that
     cannot be computed, FormatError for a damaged file.
     """
-    return Model(path, mode=mode, backend=backend, verify=verify, threads=threads)
+    if compute_threads is not None:
+        kernels.set_threads(compute_threads)
+    return Model(
+        path, mode=mode, backend=backend, verify=verify, threads=threads, queue_depth=queue_depth
+    )
 
 
 def _eos(file: BundleFile) -> frozenset[int]:

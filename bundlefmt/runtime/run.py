@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from bundlefmt.reader import ReadStats
 from bundlefmt.runtime.generate import Model, Sampling, load_model
 from bundlefmt.runtime.text import Tokenizer
-from bundlefmt.storage.backends import DEFAULT_THREADS
+from bundlefmt.storage.backends import DEFAULT_QUEUE_DEPTH, DEFAULT_THREADS
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class RunReport:
     mode: str
     backend: str
     fallback: str | None
-    threads: int
+    in_flight: int
     prompt_tokens: int
     new_tokens: int
     load_seconds: float
@@ -54,6 +54,8 @@ def run(
     backend: str = "auto",
     verify: bool = True,
     threads: int = DEFAULT_THREADS,
+    queue_depth: int = DEFAULT_QUEUE_DEPTH,
+    compute_threads: int | None = None,
     on_text: Callable[[str], None] = lambda piece: None,
 ) -> RunReport:
     """Load a bundle file's model and continue `prompt`; `on_text` gets the text as it is made.
@@ -62,7 +64,15 @@ def run(
     """
     start = time.perf_counter()
     sampling = Sampling(temperature, top_p, seed)
-    with load_model(path, mode=mode, backend=backend, verify=verify, threads=threads) as model:
+    with load_model(
+        path,
+        mode=mode,
+        backend=backend,
+        verify=verify,
+        threads=threads,
+        queue_depth=queue_depth,
+        compute_threads=compute_threads,
+    ) as model:
         tokenizer = Tokenizer(model.file)
         generation = _Timed(model, tokenizer.encode(prompt), max_new_tokens, sampling)
         load_seconds = time.perf_counter() - start
@@ -111,7 +121,7 @@ class _Timed:
             mode=self._model.mode,
             backend=reader.backend,
             fallback=reader.fallback,
-            threads=reader.threads,
+            in_flight=reader.in_flight,
             prompt_tokens=len(self._ids),
             new_tokens=self._made,
             load_seconds=load_seconds,

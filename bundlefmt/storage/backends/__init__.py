@@ -1,46 +1,67 @@
-"""Read backends behind one interface; a new one is one module and one entry here."""
+"""Read backends behind one interface; a new one is one class and one entry here."""
 
 from __future__ import annotations
 
 import os
 
 from bundlefmt.errors import ReadError, UsageError
-from bundlefmt.storage.backends.base import DEFAULT_THREADS, MAX_VIEWS, Backend, Batch, Request
+from bundlefmt.storage.backends.base import (
+    DEFAULT_QUEUE_DEPTH,
+    DEFAULT_THREADS,
+    MAX_VIEWS,
+    Backend,
+    Batch,
+    Checks,
+    Damaged,
+    Requests,
+    whole_rows,
+)
 from bundlefmt.storage.backends.mapped import Mapped
-from bundlefmt.storage.backends.pread import Buffered, Direct
+from bundlefmt.storage.backends.pread import Buffered, Direct, Uring
 
 BACKENDS: dict[str, type[Backend]] = {
-    backend.name: backend for backend in (Direct, Buffered, Mapped)
+    backend.name: backend for backend in (Uring, Direct, Buffered, Mapped)
 }
 CHOICES = ("auto", *BACKENDS)
 
 __all__ = [
     "BACKENDS",
     "CHOICES",
+    "DEFAULT_QUEUE_DEPTH",
     "DEFAULT_THREADS",
     "MAX_VIEWS",
     "Backend",
     "Batch",
-    "Request",
+    "Checks",
+    "Damaged",
+    "Requests",
     "open_backend",
+    "whole_rows",
 ]
 
 
 def open_backend(
-    path: str | os.PathLike[str], name: str = "auto", threads: int = DEFAULT_THREADS
+    path: str | os.PathLike[str],
+    name: str = "auto",
+    threads: int = DEFAULT_THREADS,
+    queue_depth: int = DEFAULT_QUEUE_DEPTH,
 ) -> tuple[Backend, str | None]:
     """The backend of that name on a file, and why it is not the first choice (None when it is).
 
-    `auto` takes `direct` where a probe read succeeds, else `buffered`. Raises UsageError for an
-    unknown name, ReadError when a backend asked for by name cannot work on the file.
+    `auto` takes the first of `uring`, `direct` and `buffered` that works on the file; `uring` has
+    `queue_depth` reads in flight, the others one for each of their `threads`. Raises UsageError
+    for an unknown name, ReadError when a backend asked for by name cannot work on the file.
     """
     if name not in CHOICES:
         raise UsageError(
             "unknown backend", field="backend", expected=", ".join(CHOICES), found=name
         )
     if name != "auto":
-        return BACKENDS[name](path, threads), None
-    try:
-        return Direct(path, threads), None
-    except ReadError as error:
-        return Buffered(path, threads), error.what
+        return BACKENDS[name](path, threads, queue_depth), None
+    fallback = None
+    for backend in (Uring, Direct):
+        try:
+            return backend(path, threads, queue_depth), fallback
+        except ReadError as error:
+            fallback = fallback or error.what
+    return Buffered(path, threads, queue_depth), fallback

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, ClassVar
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,101 +11,124 @@ from numpy.typing import NDArray
 from bundlefmt.errors import ReadError, UsageError
 
 DEFAULT_THREADS = 32  # the paper's number of reading threads
+DEFAULT_QUEUE_DEPTH = 64
 MAX_VIEWS = 1024  # of one scatter read: IOV_MAX on Linux
 
-
-class Request:
-    """Contiguous bytes of the file, from `offset` on, scattered over `views` in turn: 1-D,
-    writable, contiguous uint8 arrays. `tag` is the caller's own."""
-
-    __slots__ = ("length", "offset", "tag", "views")
-
-    def __init__(self, offset: int, views: Sequence[NDArray[np.uint8]], tag: Any = None) -> None:
-        self.offset = offset
-        self.views = views
-        self.tag = tag
-        self.length = sum([view.nbytes for view in views])
+Table = NDArray[np.int64]
 
 
-class Batch:
-    """Requests in flight. `latencies` holds nanoseconds per finished request."""
+class Checks(NamedTuple):
+    """Rows of `length` bytes at `starts` in the memory, and the xxh3-64 that each must have once
+    it has come: rows bounds[k] .. bounds[k + 1] - 1 come with request k."""
 
-    def __init__(self, requests: Sequence[Request], check: Callable[[Request], None] | None):
-        self.latencies: list[int] = []
-        self.bytes_read = 0
-        self._queue = iter(requests)  # workers draw from it; next() is atomic under the GIL
-        self._check = check
-        self._futures: list[Future[int]] = []
-        self._failure: BaseException | None = None
+    bounds: Table
+    starts: Table
+    length: int
+    expected: NDArray[np.uint64]
+
+
+class Requests(NamedTuple):
+    """Request k is contiguous bytes of the file, from offsets[k] on, scattered in turn over the
+    views bounds[k] .. bounds[k + 1] - 1; view v is memory[starts[v]:][:lengths[v]]. `memory` is a
+    writable, contiguous uint8 array."""
+
+    memory: NDArray[np.uint8]
+    offsets: Table
+    bounds: Table
+    starts: Table
+    lengths: Table
+    checks: Checks | None = None
+
+    @property
+    def sizes(self) -> Table:
+        """Bytes of each request."""
+        ends = np.concatenate([[0], np.cumsum(self.lengths)])
+        return np.diff(ends[self.bounds])
+
+
+def whole_rows(rows: NDArray[np.uint8], offsets: Table) -> Requests:
+    """A request for each row of a contiguous array [n, bytes]."""
+    bounds = np.arange(rows.shape[0] + 1)
+    width = rows.shape[1]
+    return Requests(
+        rows.reshape(-1), offsets, bounds, bounds[:-1] * width, np.full(rows.shape[0], width)
+    )
+
+
+class Damaged(Exception):
+    """A row whose xxh3-64 is not what its check says."""
+
+    def __init__(self, row: int, expected: int, found: int) -> None:
+        super().__init__(row, expected, found)
+        self.row = row
+        self.expected = expected
+        self.found = found
+
+
+class Batch(Protocol):
+    """Requests in flight."""
+
+    @property
+    def latencies(self) -> list[int]:
+        """Nanoseconds per request, once all are served."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Of the file, once all are served."""
 
     def wait(self) -> None:
         """Return when every request is served. If one failed: stop handing out new ones, wait for
-        those in flight, then raise its error."""
-        wait(self._futures)
-        if self._failure is not None:
-            raise self._failure
-        self.bytes_read = sum(future.result() for future in self._futures)
+        those in flight, then raise its ReadError, or Damaged."""
 
-    def _work(self, read: Callable[[Request], int]) -> int:
-        """One worker's share: requests until none is left; returns the bytes that it read."""
-        # Between two reads a worker holds the GIL, and others wait for it: few steps, all local.
-        total = 0
-        clock, check, finished = time.perf_counter_ns, self._check, self.latencies.append
-        try:
-            for request in self._queue:
-                start = clock()
-                total += read(request)
-                if check is not None:
-                    check(request)
-                finished(clock() - start)
-                if self._failure is not None:
-                    break
-        except BaseException as error:
-            self._failure = error
-        return total
+
+class Engine(Protocol):
+    """What serves batches."""
+
+    def submit(self, requests: Requests) -> Batch:
+        """Start reading."""
+
+    def close(self) -> None:
+        """Wait for what is in flight."""
 
 
 class Backend:
     """A way to read a file. Any offset, length and memory may be asked for; what is aligned to
-    `offset_alignment` and `memory_alignment` needs no copy.
+    `offset_alignment` and `memory_alignment` needs no copy. At most `in_flight` requests are with
+    the device at once.
 
-    A subclass says how one request is read (`_read`) and, if need be, what to do with a batch
-    beforehand (`_prepare`).
+    A subclass opens the file, says what serves its batches (`_engine`) and, if need be, what to do
+    with a batch beforehand (`_prepare`).
     """
 
     name: ClassVar[str]
     offset_alignment = 1
     memory_alignment = 1
+    _engine: Engine | None = None
 
-    def __init__(self, path: str | os.PathLike[str], threads: int = DEFAULT_THREADS) -> None:
-        if threads < 1:
-            raise UsageError(
-                "no threads to read with", field="threads", expected="1 or more", found=threads
-            )
+    def __init__(self, path: str | os.PathLike[str], threads: int, queue_depth: int) -> None:
+        for field, number in (("threads", threads), ("queue_depth", queue_depth)):
+            if number < 1:
+                raise UsageError(
+                    "nothing to read with", field=field, expected="1 or more", found=number
+                )
         self.path = os.fspath(path)
-        self.threads = threads
-        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(threads, "bundlefmt-read")
+        self.in_flight = threads
+        self._owner = os.getpid()
 
-    def submit(
-        self, requests: Sequence[Request], check: Callable[[Request], None] | None = None
-    ) -> Batch:
-        """Start reading. `check` is called with each request as its bytes arrive, on the thread
-        that read them; what it raises fails the batch."""
-        if self._pool is None:
+    def submit(self, requests: Requests) -> Batch:
+        """Start reading. The memory must not be touched until the batch is there."""
+        if self._engine is None:
             raise UsageError("the reader is closed", file=self.path)
+        if os.getpid() != self._owner:  # which took none of the threads along
+            raise UsageError("the reader was opened by another process", file=self.path)
         self._prepare(requests)
-        batch = Batch(requests, check)
-        batch._futures = [
-            self._pool.submit(batch._work, self._read)
-            for _ in range(min(self.threads, len(requests)))
-        ]
-        return batch
+        return self._engine.submit(requests)
 
     def close(self) -> None:
         """Wait for what is in flight, then let go of the file. May be called twice."""
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
             self._release()
 
     def _open(self, flags: int) -> int:
@@ -117,12 +137,8 @@ class Backend:
         except OSError as error:
             raise ReadError(f"cannot open: {error.strerror}", file=self.path) from error
 
-    def _prepare(self, requests: Sequence[Request]) -> None:
+    def _prepare(self, requests: Requests) -> None:
         """Called with each batch before its requests are read."""
-
-    def _read(self, request: Request) -> int:
-        """Fill the request's views; returns the bytes that were read for it."""
-        raise NotImplementedError
 
     def _release(self) -> None:
         """Give back what the backend holds of the file."""

@@ -7,10 +7,11 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bundlefmt.errors import ReadError
-from bundlefmt.layout.arithmetic import round_down
-from bundlefmt.storage.backends.base import DEFAULT_THREADS, Backend, Request
+from bundlefmt.storage.backends.base import Backend, Requests
+from bundlefmt.storage.backends.engines import Pool
 
 
 class Mapped(Backend):
@@ -18,8 +19,8 @@ class Mapped(Backend):
 
     name = "mmap"
 
-    def __init__(self, path: str | os.PathLike[str], threads: int = DEFAULT_THREADS) -> None:
-        super().__init__(path, threads)
+    def __init__(self, path: str | os.PathLike[str], threads: int, queue_depth: int) -> None:
+        super().__init__(path, threads, queue_depth)
         self._fd = self._open(os.O_RDONLY)
         try:
             self._map = mmap.mmap(self._fd, 0, prot=mmap.PROT_READ)
@@ -28,31 +29,32 @@ class Mapped(Backend):
             raise ReadError(f"cannot be mapped: {error}", file=self.path) from error
         self._map.madvise(mmap.MADV_RANDOM)
         self._bytes = np.frombuffer(self._map, dtype=np.uint8)
+        self._engine = Pool(threads, self._read)
 
-    def _prepare(self, requests: Sequence[Request]) -> None:
+    def _prepare(self, requests: Requests) -> None:
         # Touching a page that the file no longer has is a SIGBUS, not an error: look first.
         size = os.fstat(self._fd).st_size
-        for request in requests:
-            end = request.offset + request.length
-            if end > min(size, self._bytes.nbytes):
-                raise ReadError(
-                    "read past the end",
-                    file=self.path,
-                    offset=request.offset,
-                    expected=f"{request.length} bytes",
-                    found=max(size - request.offset, 0),
-                )
-        for request in requests:
-            start = round_down(request.offset, mmap.PAGESIZE)
-            end = request.offset + request.length
-            self._map.madvise(mmap.MADV_WILLNEED, start, end - start)
+        ends = requests.offsets + requests.sizes
+        beyond = np.flatnonzero(ends > min(size, self._bytes.nbytes))
+        if beyond.size:
+            offset, end = int(requests.offsets[beyond[0]]), int(ends[beyond[0]])
+            raise ReadError(
+                "read past the end",
+                file=self.path,
+                offset=offset,
+                expected=f"{end - offset} bytes",
+                found=max(size - offset, 0),
+            )
+        pages = requests.offsets - requests.offsets % mmap.PAGESIZE
+        for page, length in zip(pages.tolist(), (ends - pages).tolist(), strict=True):
+            self._map.madvise(mmap.MADV_WILLNEED, page, length)
 
-    def _read(self, request: Request) -> int:
-        at = request.offset
-        for view in request.views:  # NumPy copies without the GIL, so threads fault side by side
+    def _read(self, offset: int, views: Sequence[NDArray[np.uint8]]) -> int:
+        at = offset
+        for view in views:  # NumPy copies without the GIL, so threads fault side by side
             view[:] = self._bytes[at : at + view.nbytes]
             at += view.nbytes
-        return at - request.offset
+        return at - offset
 
     def _release(self) -> None:
         del self._bytes
