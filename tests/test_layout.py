@@ -513,7 +513,7 @@ def test_layout_does_no_io(name: str) -> None:
 def test_storage_knows_nothing_of_models(name: str) -> None:
     allowed = (
         "bundlefmt.errors.",
-        "bundlefmt.native.",
+        "bundlefmt.native",
         "bundlefmt.storage.",
         "bundlefmt.layout.arithmetic.",
     )

@@ -7,18 +7,27 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 from numpy.typing import NDArray
 
-from bundlefmt.errors import FormatError, ReadError, UsageError, WriteError
+from bundlefmt import native
+from bundlefmt.errors import ReadError, UsageError, WriteError
 from bundlefmt.storage.atomic import replacing, require_free_space
-from bundlefmt.storage.backends import BACKENDS, Backend, Request, open_backend
+from bundlefmt.storage.backends import (
+    BACKENDS,
+    Backend,
+    Checks,
+    Damaged,
+    Requests,
+    open_backend,
+    whole_rows,
+)
 from bundlefmt.storage.buffers import aligned_empty
 from bundlefmt.storage.device import drop_cache, probe_direct
 from tests.conftest import ROOT
@@ -26,7 +35,8 @@ from tests.conftest import ROOT
 PADDED = 256 * 4096  # bytes: as long as a bundle file could be
 ODD = PADDED - 1337
 GUARD = 0xA5  # around the memory of every request
-PATIENCE = 30  # seconds until a thread that waits for another gives up
+TWINS = ("direct in Python", "buffered in Python")  # of the native core's engines
+SERVED = (*BACKENDS, *TWINS)
 
 _preadv = os.preadv
 _open = os.open
@@ -50,22 +60,49 @@ def scratch(tmp_path: Path, files: dict[int, Path]) -> Path:
     return path
 
 
-def opened(path: Path, name: str, threads: int = 4) -> Backend:
-    """The backend, or a skip where this file system has no direct I/O."""
+def opened(path: Path, name: str, in_flight: int = 4) -> Backend:
+    """The backend, or a skip where this machine or file system has none such."""
+    name, _, twin = name.partition(" in ")
     refusal = probe_direct(path).refusal
-    if name == "direct" and refusal is not None:
+    if name in ("direct", "uring") and refusal is not None:
         pytest.skip(f"no direct I/O here: {refusal}")
-    return open_backend(path, name, threads)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        if twin:
+            patch.setattr(native, "core", None)
+        try:
+            return open_backend(path, name, in_flight, in_flight)[0]
+        except ReadError as error:
+            if not error.what.startswith("no io_uring"):
+                raise
+            pytest.skip(error.what)
 
 
-def memory_for(lengths: Sequence[int]) -> tuple[NDArray[np.uint8], list[NDArray[np.uint8]]]:
-    """Views of those lengths, three guard bytes before each and after the last."""
-    whole = np.full(sum(lengths) + 3 * (len(lengths) + 1), GUARD, dtype=np.uint8)
-    views, at = [], 3
-    for length in lengths:
-        views.append(whole[at : at + length])
-        at += length + 3
-    return whole, views
+def scattered(offset: int, lengths: Sequence[int]) -> Requests:
+    """One request for views of those lengths, three guard bytes before each and after the last."""
+    starts = np.cumsum([0, *lengths], dtype=np.int64) + 3 * np.arange(1, len(lengths) + 2)
+    return Requests(
+        np.full(starts[-1], GUARD, dtype=np.uint8),
+        np.array([offset]),
+        np.array([0, len(lengths)]),
+        starts[:-1],
+        np.array(lengths),
+    )
+
+
+def one(offset: int, memory: NDArray[np.uint8]) -> Requests:
+    """One request that fills the memory."""
+    return whole_rows(memory.reshape(1, -1), np.array([offset]))
+
+
+def checked(requests: Requests, data: bytes, wrong: Sequence[int] = ()) -> Requests:
+    """Whole rows with the digests that they should have, but for the wrong ones."""
+    width = int(requests.lengths[0])
+    expected = np.array(
+        [xxhash.xxh3_64_intdigest(data[at : at + width]) for at in requests.offsets],
+        dtype=np.uint64,
+    )
+    expected[list(wrong)] ^= np.uint64(1)
+    return requests._replace(checks=Checks(requests.bounds, requests.starts, width, expected))
 
 
 # Aligned memory.
@@ -147,28 +184,49 @@ def test_where_direct_is_refused_auto_falls_back_and_says_why(
     assert f"{reason}: {os.strerror(errno.EINVAL)}" in fallback
     assert caught.value.file == files[PADDED]
     memory = np.zeros(10, dtype=np.uint8)
-    backend.submit([Request(5, [memory])]).wait()
+    backend.submit(one(5, memory)).wait()
     backend.close()
     assert memory.tobytes() == files[PADDED].read_bytes()[5:15]
 
 
-def test_auto_takes_direct_where_it_works(files: dict[int, Path]) -> None:
-    backend = opened(files[PADDED], "direct")
+def test_auto_takes_io_uring_where_it_works(files: dict[int, Path]) -> None:
+    opened(files[PADDED], "uring").close()
+    backend, fallback = open_backend(files[PADDED], queue_depth=5)
     backend.close()
-    backend, fallback = open_backend(files[PADDED])
+    assert (backend.name, backend.in_flight, fallback) == ("uring", 5, None)
+
+
+def test_auto_takes_direct_where_there_is_no_core_and_says_so(
+    files: dict[int, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(files[PADDED], "direct").close()
+    monkeypatch.setattr(native, "core", None)
+    monkeypatch.setattr(native, "reason", "as asked")
+    backend, fallback = open_backend(files[PADDED], threads=3)
     backend.close()
-    assert (backend.name, fallback) == ("direct", None)
+    assert (backend.name, backend.in_flight) == ("direct", 3)
+    assert fallback == "no io_uring without the native core: as asked"
+    with pytest.raises(ReadError, match="as asked"):
+        open_backend(files[PADDED], "uring")
 
 
 def test_an_unknown_backend_is_refused_naming_those_there_are(files: dict[int, Path]) -> None:
-    with pytest.raises(UsageError, match="auto, direct, buffered, mmap"):
+    with pytest.raises(UsageError, match="auto, uring, direct, buffered, mmap"):
         open_backend(files[PADDED], "io_uring")
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_a_backend_needs_a_thread(files: dict[int, Path], name: str) -> None:
+def test_a_backend_needs_a_read_in_flight(files: dict[int, Path], name: str) -> None:
     with pytest.raises(UsageError, match="threads"):
-        open_backend(files[PADDED], name, 0)
+        open_backend(files[PADDED], name, threads=0)
+    with pytest.raises(UsageError, match="queue_depth"):
+        open_backend(files[PADDED], name, queue_depth=0)
+
+
+@pytest.mark.skipif(native.core is None, reason=f"no native core: {native.reason}")
+def test_more_in_flight_than_the_core_takes_is_refused(files: dict[int, Path]) -> None:
+    with pytest.raises(UsageError, match="at most 4096, found 5000"):
+        open_backend(files[PADDED], "buffered", threads=5000)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -182,7 +240,7 @@ def test_a_file_that_cannot_be_served_raises_only_our_errors(
     try:
         backend, _ = open_backend(path, name, 1)
         try:
-            backend.submit([Request(0, [np.empty(1, dtype=np.uint8)])]).wait()
+            backend.submit(one(0, np.empty(1, dtype=np.uint8))).wait()
         finally:
             backend.close()
     except (ReadError, UsageError) as error:
@@ -217,7 +275,7 @@ SHAPES: dict[str, tuple[int, list[int]]] = {
 
 @pytest.mark.parametrize("length", [PADDED, ODD], ids=["padded file", "odd file"])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", SERVED)
 def test_a_request_brings_exactly_the_bytes_of_the_file(
     files: dict[int, Path], name: str, shape: str, length: int
 ) -> None:
@@ -225,27 +283,27 @@ def test_a_request_brings_exactly_the_bytes_of_the_file(
     offset = offset % length
     lengths = [length if n < 0 else n for n in lengths]
     backend = opened(files[length], name)
-    whole, views = memory_for(lengths)
-    batch = backend.submit([Request(offset, views)])
+    requests = scattered(offset, lengths)
+    batch = backend.submit(requests)
     batch.wait()
     backend.close()
-    expected, wanted = memory_for(lengths)
-    data, at = files[length].read_bytes(), offset
-    for view in wanted:
-        view[:] = np.frombuffer(data[at : at + view.size], dtype=np.uint8)
-        at += view.size
-    assert (whole == expected).all()
+    expected = scattered(offset, lengths).memory
+    data, at = np.fromfile(files[length], dtype=np.uint8), offset
+    for start, size in zip(requests.starts, lengths, strict=True):
+        expected[start : start + size] = data[at : at + size]
+        at += size
+    assert (requests.memory == expected).all()
     assert batch.bytes_read >= sum(lengths)
     assert len(batch.latencies) == 1
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", SERVED)
 def test_aligned_requests_into_aligned_memory_read_no_byte_more(
     files: dict[int, Path], name: str
 ) -> None:
     backend = opened(files[PADDED], name)
     memory = aligned_empty(8 * 4096).reshape(8, 4096)
-    batch = backend.submit([Request(i * 8192, [row]) for i, row in enumerate(memory)])
+    batch = backend.submit(whole_rows(memory, np.arange(8) * 8192))
     batch.wait()
     backend.close()
     assert batch.bytes_read == memory.nbytes
@@ -253,37 +311,68 @@ def test_aligned_requests_into_aligned_memory_read_no_byte_more(
     assert [row.tobytes() for row in memory] == [data[i * 8192 :][:4096] for i in range(8)]
 
 
-def test_direct_counts_the_bytes_that_widening_adds(files: dict[int, Path]) -> None:
-    backend = opened(files[PADDED], "direct")
+@pytest.mark.parametrize("name", ["direct", "uring", "direct in Python"])
+def test_direct_counts_the_bytes_that_widening_adds(files: dict[int, Path], name: str) -> None:
+    backend = opened(files[PADDED], name)
     unit = backend.offset_alignment
-    batch = backend.submit([Request(unit - 1, [np.empty(2, dtype=np.uint8)])])
+    batch = backend.submit(one(unit - 1, np.empty(2, dtype=np.uint8)))
     batch.wait()
     backend.close()
     assert batch.bytes_read == 2 * unit
 
 
-@pytest.mark.parametrize("threads", [1, 3, 32])
-@pytest.mark.parametrize("name", BACKENDS)
-def test_every_request_of_a_batch_is_served_and_checked_once(
-    files: dict[int, Path], name: str, threads: int
+@pytest.mark.parametrize("in_flight", [1, 3, 32])
+@pytest.mark.parametrize("name", SERVED)
+def test_every_request_of_a_batch_is_served(
+    files: dict[int, Path], name: str, in_flight: int
 ) -> None:
     data = files[PADDED].read_bytes()
-    places = np.random.default_rng(threads).integers(0, PADDED - 900, 500).tolist()
+    places = np.random.default_rng(in_flight).integers(0, PADDED - 900, 500)
     memory = np.empty((500, 900), dtype=np.uint8)
-    requests = [Request(place, [memory[i]], i) for i, place in enumerate(places)]
-    checked: list[tuple[int, bytes]] = []
-    backend = opened(files[PADDED], name, threads)
-    batch = backend.submit(requests, lambda r: checked.append((r.tag, r.views[0].tobytes())))
+    backend = opened(files[PADDED], name, in_flight)
+    batch = backend.submit(checked(whole_rows(memory, places), data))
     batch.wait()
     backend.close()
-    assert sorted(checked) == [(i, data[place : place + 900]) for i, place in enumerate(places)]
+    assert [row.tobytes() for row in memory] == [data[at : at + 900] for at in places]
     assert len(batch.latencies) == 500
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("wrong", [0, 250, 499])
+def test_every_row_of_a_batch_is_checked(files: dict[int, Path], name: str, wrong: int) -> None:
+    data = files[PADDED].read_bytes()
+    memory = np.empty((500, 900), dtype=np.uint8)
+    backend = opened(files[PADDED], name)
+    good = checked(whole_rows(memory, np.arange(500) * 1700), data)
+    bad = checked(good, data, [wrong])
+    with pytest.raises(Damaged) as caught:
+        backend.submit(bad).wait()
+    assert bad.checks is not None and good.checks is not None
+    assert caught.value.row == wrong
+    assert caught.value.expected == bad.checks.expected[wrong]
+    assert caught.value.found == good.checks.expected[wrong]
+    backend.submit(good).wait()
+    backend.close()
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_rows_of_one_request_are_checked_one_by_one(files: dict[int, Path], name: str) -> None:
+    data = files[PADDED].read_bytes()
+    rows = whole_rows(np.empty((6, 512), dtype=np.uint8), np.arange(6) * 512)
+    wrong = checked(rows, data, [4]).checks
+    assert wrong is not None
+    backend = opened(files[PADDED], name)
+    together = one(0, rows.memory)._replace(checks=wrong._replace(bounds=np.array([0, 6])))
+    with pytest.raises(Damaged) as caught:
+        backend.submit(together).wait()
+    backend.close()
+    assert caught.value.row == 4
+
+
+@pytest.mark.parametrize("name", SERVED)
 def test_an_empty_batch_is_done_at_once(files: dict[int, Path], name: str) -> None:
     backend = opened(files[PADDED], name)
-    batch = backend.submit([])
+    batch = backend.submit(whole_rows(np.empty((0, 512), dtype=np.uint8), np.arange(0)))
     batch.wait()
     backend.close()
     assert (batch.bytes_read, batch.latencies) == (0, [])
@@ -295,7 +384,7 @@ def test_dropping_the_cache_keeps_the_bytes(scratch: Path) -> None:
     assert scratch.read_bytes() == before
 
 
-# Devices that stumble. A fault takes the place of one preadv call.
+# Devices that stumble. A fault takes the place of one call of os.preadv.
 
 Fault = Callable[[int, Any, int], int]
 
@@ -342,7 +431,7 @@ PASSING: dict[str, Fault] = {
 @pytest.mark.parametrize("times", [1, 2, 5])
 @pytest.mark.parametrize("fault", PASSING)
 @pytest.mark.parametrize("shape", ["aligned, long", "offset and length odd", "odd views"])
-@pytest.mark.parametrize("name", ["direct", "buffered"])
+@pytest.mark.parametrize("name", TWINS)
 def test_a_fault_that_passes_is_not_seen(
     files: dict[int, Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -352,23 +441,24 @@ def test_a_fault_that_passes_is_not_seen(
     times: int,
 ) -> None:
     offset, lengths = SHAPES[shape]
-    views = [aligned_empty(length) for length in lengths]
+    ends = np.cumsum(lengths)
+    memory = aligned_empty(ends[-1])
+    views = np.array([0, len(lengths)]), ends - lengths, np.array(lengths)
     backend = opened(files[PADDED], name, 1)
     stumble(monkeypatch, iter([PASSING[fault]] * times))
-    backend.submit([Request(offset, views)]).wait()
+    backend.submit(Requests(memory, np.array([offset]), *views)).wait()
     backend.close()
-    expected = files[PADDED].read_bytes()[offset : offset + sum(lengths)]
-    assert b"".join(view.tobytes() for view in views) == expected
+    assert memory.tobytes() == files[PADDED].read_bytes()[offset : offset + sum(lengths)]
 
 
-@pytest.mark.parametrize("name", ["direct", "buffered"])
+@pytest.mark.parametrize("name", TWINS)
 def test_an_interrupted_read_is_begun_again(
     files: dict[int, Path], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     backend = opened(files[PADDED], name, 1)
     memory = np.empty(5000, dtype=np.uint8)
     stumble(monkeypatch, iter([_raises(errno.EINTR)] * 3))
-    backend.submit([Request(12345, [memory])]).wait()
+    backend.submit(one(12345, memory)).wait()
     backend.close()
     assert memory.tobytes() == files[PADDED].read_bytes()[12345:17345]
 
@@ -382,14 +472,14 @@ LASTING: dict[str, tuple[Fault, str]] = {
 
 @pytest.mark.parametrize("fault", LASTING)
 @pytest.mark.parametrize("shape", ["aligned", "offset and length odd", "2000 odd views"])
-@pytest.mark.parametrize("name", ["direct", "buffered"])
+@pytest.mark.parametrize("name", TWINS)
 def test_a_fault_that_lasts_is_a_read_error_that_says_where(
     files: dict[int, Path], monkeypatch: pytest.MonkeyPatch, name: str, shape: str, fault: str
 ) -> None:
     offset, lengths = SHAPES[shape]
     what, message = LASTING[fault]
     backend = opened(files[PADDED], name, 1)
-    requests = [Request(offset, memory_for(lengths)[1])]
+    requests = scattered(offset, lengths)
     with monkeypatch.context() as patch:
         stumble(patch, iter([what] * 100))
         with pytest.raises(ReadError, match=message) as caught:
@@ -399,31 +489,34 @@ def test_a_fault_that_lasts_is_a_read_error_that_says_where(
     assert offset - backend.offset_alignment < caught.value.offset <= offset
     backend.submit(requests).wait()  # the next batch finds the device well again
     backend.close()
-    expected = files[PADDED].read_bytes()[offset : offset + sum(lengths)]
-    assert b"".join(view.tobytes() for view in requests[0].views) == expected
+    found = b"".join(
+        requests.memory[start : start + length].tobytes()
+        for start, length in zip(requests.starts, lengths, strict=True)
+    )
+    assert found == files[PADDED].read_bytes()[offset : offset + sum(lengths)]
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", SERVED)
 def test_a_read_past_the_end_is_a_read_error(files: dict[int, Path], name: str) -> None:
     for length, offset in ((PADDED, PADDED - 4096), (PADDED, PADDED + 4096), (ODD, ODD - 1)):
         backend = opened(files[length], name)
         memory = aligned_empty(8192)
         with pytest.raises(ReadError) as caught:
-            backend.submit([Request(offset, [memory])]).wait()
+            backend.submit(one(offset, memory)).wait()
         assert str(files[length]) in str(caught.value)
-        backend.submit([Request(0, [memory])]).wait()
+        backend.submit(one(0, memory)).wait()
         backend.close()
         assert memory.tobytes() == files[length].read_bytes()[:8192]
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", SERVED)
 def test_a_file_cut_while_it_is_open_is_a_read_error(scratch: Path, name: str) -> None:
     backend = opened(scratch, name)
     os.truncate(scratch, 8192)
     with pytest.raises(ReadError):
-        backend.submit([Request(65536, [np.empty(100, dtype=np.uint8)])]).wait()
+        backend.submit(one(65536, np.empty(100, dtype=np.uint8))).wait()
     memory = np.empty(100, dtype=np.uint8)
-    backend.submit([Request(100, [memory])]).wait()
+    backend.submit(one(100, memory)).wait()
     backend.close()
     assert memory.tobytes() == scratch.read_bytes()[100:200]
 
@@ -431,115 +524,91 @@ def test_a_file_cut_while_it_is_open_is_a_read_error(scratch: Path, name: str) -
 # Errors drain.
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_wait_raises_only_once_nothing_is_in_flight(files: dict[int, Path], name: str) -> None:
-    backend = opened(files[PADDED], name, 2)
-    memory = [np.empty(4096, dtype=np.uint8) for _ in range(2)]
-    under_way, failing = threading.Event(), threading.Event()
-    finished: list[int] = []
-
-    def check(request: Request) -> None:
-        if request.tag == "fails":
-            assert under_way.wait(PATIENCE)
-            failing.set()
-            raise FormatError("as asked")
-        under_way.set()
-        assert failing.wait(PATIENCE)
-        finished.append(sum(request.views[0].tolist() * 20))  # work that takes a moment
-
-    requests = [Request(0, [memory[0]], "fails"), Request(4096, [memory[1]], "slow")]
-    batch = backend.submit(requests, check)
-    with pytest.raises(FormatError, match="as asked"):
-        batch.wait()
-    assert len(finished) == 1
-    backend.submit(requests).wait()
-    backend.close()
-    data = files[PADDED].read_bytes()
-    assert [array.tobytes() for array in memory] == [data[:4096], data[4096:8192]]
-
-
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", SERVED)
 def test_after_a_failure_no_new_request_is_begun(files: dict[int, Path], name: str) -> None:
+    data = files[PADDED].read_bytes()
+    memory = np.full((5, 4096), GUARD, dtype=np.uint8)
+    requests = checked(whole_rows(memory, np.arange(5) * 8192), data, [2])
     backend = opened(files[PADDED], name, 1)
-    seen: list[int] = []
-
-    def check(request: Request) -> None:
-        seen.append(request.tag)
-        if request.tag == 3:
-            raise FormatError("the third")
-
-    requests = [Request(0, [np.empty(10, dtype=np.uint8)], tag) for tag in (1, 2, 3, 4, 5)]
-    batch = backend.submit(requests, check)
+    batch = backend.submit(requests)
     for _ in range(2):  # asked again, it fails again
-        with pytest.raises(FormatError, match="the third"):
+        with pytest.raises(Damaged) as caught:
             batch.wait()
+        assert caught.value.row == 2
     backend.close()
-    assert seen == [1, 2, 3]
+    assert [row.tobytes() for row in memory[:3]] == [data[i * 8192 :][:4096] for i in range(3)]
+    assert (memory[3:] == GUARD).all()
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_a_failure_on_one_thread_stops_the_others(files: dict[int, Path], name: str) -> None:
-    backend = opened(files[PADDED], name, 2)
-    under_way, failing = threading.Event(), threading.Event()
-    seen: list[int] = []
-
-    def check(request: Request) -> None:
-        if request.tag == 0:
-            assert under_way.wait(PATIENCE)
-            failing.set()
-            raise FormatError("as asked")
-        under_way.set()
-        assert failing.wait(PATIENCE)
-        seen.append(sum(request.views[0].tolist() * 20))  # work that takes a moment
-
-    memory = np.empty(4096, dtype=np.uint8)
-    batch = backend.submit([Request(0, [memory], tag) for tag in range(300)], check)
-    with pytest.raises(FormatError, match="as asked"):
-        batch.wait()
+@pytest.mark.parametrize("name", SERVED)
+def test_when_a_batch_has_failed_nothing_of_it_is_in_flight(
+    files: dict[int, Path], name: str
+) -> None:
+    data = files[PADDED].read_bytes()
+    memory = aligned_empty(200 * 4096).reshape(200, 4096)
+    backend = opened(files[PADDED], name, 8)
+    for first in range(0, 100, 10):
+        memory[:] = GUARD
+        places = np.random.default_rng(first).permutation(200) * 4096
+        with pytest.raises(Damaged):
+            backend.submit(checked(whole_rows(memory, places), data, range(first, 200))).wait()
+        left = memory.copy()
+        backend.submit(one(0, np.empty(100_000, dtype=np.uint8))).wait()
+        assert (memory == left).all()
     backend.close()
-    assert 1 <= len(seen) < 299
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", SERVED)
 def test_a_failed_batch_leaves_others_in_flight_alone(files: dict[int, Path], name: str) -> None:
+    data = files[PADDED].read_bytes()
     backend = opened(files[PADDED], name, 4)
-
-    def check(request: Request) -> None:
-        raise FormatError("as asked")
-
-    memory = np.empty((40, 700), dtype=np.uint8)
-    good = [Request(i * 700, [row]) for i, row in enumerate(memory)]
-    before = backend.submit(good[:20])
-    bad = backend.submit([Request(0, [np.empty(10, dtype=np.uint8)])] * 8, check)
-    after = backend.submit(good[20:])
+    memory, places = np.empty((40, 700), dtype=np.uint8), np.arange(40) * 700
+    spoilt = whole_rows(np.empty((8, 10), dtype=np.uint8), np.zeros(8, dtype=np.int64))
+    before = backend.submit(whole_rows(memory[:20], places[:20]))
+    bad = backend.submit(checked(spoilt, data, range(8)))
+    after = backend.submit(whole_rows(memory[20:], places[20:]))
     after.wait()
     before.wait()
-    with pytest.raises(FormatError):
+    with pytest.raises(Damaged):
         bad.wait()
     backend.close()
-    assert memory.tobytes() == files[PADDED].read_bytes()[: 40 * 700]
+    assert memory.tobytes() == data[: 40 * 700]
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", SERVED)
 def test_a_closed_backend_refuses_and_may_be_closed_again(
     files: dict[int, Path], name: str
 ) -> None:
     backend = opened(files[PADDED], name)
     memory = np.empty(4096, dtype=np.uint8)
-    batch = backend.submit([Request(0, [memory])])
+    batch = backend.submit(one(0, memory))
     backend.close()  # waits for what is in flight
     backend.close()
     assert memory.tobytes() == files[PADDED].read_bytes()[:4096]
     batch.wait()
     with pytest.raises(UsageError, match="closed"):
-        backend.submit([Request(0, [memory])])
+        backend.submit(one(0, memory))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", SERVED)
+def test_a_forked_child_is_refused(files: dict[int, Path], name: str) -> None:
+    backend = opened(files[PADDED], name)
+    child = os.fork()
+    if not child:
+        try:
+            backend.submit(one(0, np.empty(10, dtype=np.uint8)))
+        except UsageError:
+            os._exit(0)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    backend.close()
+
+
+@pytest.mark.parametrize("name", SERVED)
 def test_a_closed_backend_holds_no_descriptor(files: dict[int, Path], name: str) -> None:
     before = sorted(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names, not paths
     backend = opened(files[PADDED], name)
-    backend.submit([Request(0, [np.empty(10, dtype=np.uint8)])]).wait()
+    backend.submit(one(0, np.empty(10, dtype=np.uint8))).wait()
     backend.close()
     assert sorted(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
 

@@ -58,10 +58,10 @@ def open_backend(
         )
     if name != "auto":
         return BACKENDS[name](path, threads, queue_depth), None
-    fallback = None
+    refusals: list[str] = []
     for backend in (Uring, Direct):
         try:
-            return backend(path, threads, queue_depth), fallback
+            return backend(path, threads, queue_depth), "; ".join(refusals) or None
         except ReadError as error:
-            fallback = fallback or error.what
-    return Buffered(path, threads, queue_depth), fallback
+            refusals += [error.what] if error.what not in refusals else []
+    return Buffered(path, threads, queue_depth), "; ".join(refusals)
