@@ -178,14 +178,16 @@ class BundleFile:
         verify: bool = True,
         threads: int = DEFAULT_THREADS,
         queue_depth: int = DEFAULT_QUEUE_DEPTH,
+        memory: NDArray[np.uint8] | None = None,
     ) -> Reader:
         """A batch reader of this file's bundles. See `Reader`. `uring` has `queue_depth` reads in
-        flight, the other backends one for each of their `threads`.
+        flight, the other backends one for each of their `threads`. `memory` (contiguous uint8),
+        of which most batches' `out` will be a part, is registered with the kernel where that helps.
 
         Raises UsageError for an unknown backend, ReadError when the one asked for by name cannot
         work here.
         """
-        opened, fallback = open_backend(self.path, backend, threads, queue_depth)
+        opened, fallback = open_backend(self.path, backend, threads, queue_depth, memory)
         try:
             same = os.path.samestat(os.fstat(self._fd), Path(self.path).stat())
         except OSError:

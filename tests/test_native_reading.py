@@ -71,6 +71,24 @@ def test_random_reads_arrive_where_they_belong(engine: Any, content: bytes, shif
     assert batch.bytes_read >= 200 * CHUNK
 
 
+def test_reads_go_into_registered_memory_around_it_and_across_its_edge(
+    file: Path, content: bytes
+) -> None:
+    memory = aligned_empty(8 * CHUNK)
+    fd = os.open(file, os.O_RDONLY)
+    try:
+        engine = core.Engine("uring", fd, 4, memory=memory[2 * CHUNK : 5 * CHUNK + 7])
+    except RuntimeError as error:
+        os.close(fd)
+        pytest.skip(str(error))
+    offsets = RANDOM.integers(0, SIZE - CHUNK, 8)
+    assert engine.submit(memory, offsets, *evenly(8)).wait() is None
+    engine.close()
+    os.close(fd)
+    for offset, row in zip(offsets, memory.reshape(8, CHUNK), strict=True):
+        assert row.tobytes() == content[offset : offset + CHUNK]
+
+
 def test_a_request_is_scattered_over_its_views(engine: Any, content: bytes) -> None:
     memory = aligned_empty(4 * CHUNK)
     starts, lengths = table(3 * CHUNK, 0, CHUNK), table(CHUNK, CHUNK, 100)

@@ -7,7 +7,7 @@ import re
 
 BACKENDS = ("auto", "uring", "direct", "buffered", "mmap")
 THREADS = 32
-QUEUE_DEPTH = 64
+QUEUE_DEPTH = 128
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 

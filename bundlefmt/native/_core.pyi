@@ -58,7 +58,8 @@ class Batch:
         request, errno, bytes that came, bundle, its digest)."""
 
 class Engine:
-    """`threads` (count of them) or `uring` (its depth) over an open file. RuntimeError where there
+    """`threads` (count of them) or `uring` (its depth) over an open file; a ring registers `memory`
+    with the kernel, where it may, so that reads into it cost less. RuntimeError where there
     is no io_uring, ValueError for alignments that are no powers of two."""
 
     def __init__(
@@ -68,6 +69,7 @@ class Engine:
         count: int,
         offset_alignment: int = 1,
         memory_alignment: int = 1,
+        memory: NDArray[np.uint8] | None = None,
     ) -> None: ...
     def submit(
         self,

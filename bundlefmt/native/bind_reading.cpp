@@ -68,7 +68,8 @@ class Submitted {
 class BoundEngine {
  public:
   BoundEngine(const std::string& kind, int fd, int count, int64_t offset_alignment,
-              int64_t memory_alignment) {
+              int64_t memory_alignment, std::optional<Memory> memory)
+      : memory_(std::move(memory)) {
     const auto power = [](int64_t n) { return n > 0 && n <= 1 << 20 && !(n & (n - 1)); };
     if (!power(offset_alignment) || !power(memory_alignment))
       throw nb::value_error("alignments are powers of two");
@@ -77,7 +78,9 @@ class BoundEngine {
     if (kind == "threads")
       engine_ = thread_engine(source, count);
     else if (kind == "uring")
-      engine_ = uring_engine(source, count);
+      engine_ = uring_engine(
+          source, count,
+          memory_ ? std::span(memory_->data(), memory_->shape(0)) : std::span<uint8_t>());
     else
       throw nb::value_error("an engine is threads or uring");
   }
@@ -115,6 +118,7 @@ class BoundEngine {
   }
 
  private:
+  const std::optional<Memory> memory_;  // outlives the engine, which reads into it
   std::unique_ptr<Engine> engine_;
 };
 
@@ -128,8 +132,9 @@ void bind_reading(nb::module_& module) {
       .def_prop_ro("latencies", &Submitted::latencies)
       .def_prop_ro("bytes_read", &Submitted::bytes_read);
   nb::class_<BoundEngine>(module, "Engine")
-      .def(nb::init<const std::string&, int, int, int64_t, int64_t>(), "kind"_a, "fd"_a, "count"_a,
-           "offset_alignment"_a = 1, "memory_alignment"_a = 1)
+      .def(nb::init<const std::string&, int, int, int64_t, int64_t, std::optional<Memory>>(),
+           "kind"_a, "fd"_a, "count"_a, "offset_alignment"_a = 1, "memory_alignment"_a = 1,
+           "memory"_a = nb::none())
       .def("submit", &BoundEngine::submit, "memory"_a, "offsets"_a, "bounds"_a, "starts"_a,
            "lengths"_a, "bundle_bounds"_a = nb::none(), "bundle_starts"_a = nb::none(),
            "stride"_a = 0, "expected"_a = nb::none())

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <span>
 #include <string>
 
 #include "batch.hpp"
@@ -19,7 +20,8 @@ class Engine {
 };
 
 std::unique_ptr<Engine> thread_engine(const Source& source, int threads);
+// Reads into `memory`, which must outlive the engine, cost the kernel less: it is told of it once.
 // Throws std::runtime_error where there is no io_uring to be had: not built in, or refused.
-std::unique_ptr<Engine> uring_engine(const Source& source, int depth);
+std::unique_ptr<Engine> uring_engine(const Source& source, int depth, std::span<uint8_t> memory);
 
 }  // namespace bundlefmt

@@ -6,7 +6,7 @@
 #include <stdexcept>
 
 namespace bundlefmt {
-std::unique_ptr<Engine> uring_engine(const Source&, int) {
+std::unique_ptr<Engine> uring_engine(const Source&, int, std::span<uint8_t>) {
   throw std::runtime_error("built without liburing");
 }
 }  // namespace bundlefmt
@@ -15,6 +15,7 @@ std::unique_ptr<Engine> uring_engine(const Source&, int) {
 
 #include <liburing.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <future>
@@ -26,6 +27,8 @@ std::unique_ptr<Engine> uring_engine(const Source&, int) {
 namespace bundlefmt {
 namespace {
 
+constexpr size_t PIECE = size_t{1} << 30;  // the most that the kernel registers as one buffer
+
 // A request on its way.
 struct Flight {
   Turn turn;
@@ -36,7 +39,8 @@ struct Flight {
 
 class Uring : public Engine {
  public:
-  Uring(const Source& source, int depth) : source_(source), flights_(static_cast<size_t>(depth)) {
+  Uring(const Source& source, int depth, std::span<uint8_t> memory)
+      : source_(source), memory_(memory), flights_(static_cast<size_t>(depth)) {
     for (int i = depth; i-- > 0;) free_.push_back(i);
     std::promise<int> ready;
     thread_ = std::thread([this, &ready] { work(ready); });
@@ -72,7 +76,23 @@ class Uring : public Engine {
     if (error) error = io_uring_queue_init(depth, &ring_, 0);
     if (error) return -error;
     registered_ = io_uring_register_files(&ring_, &source_.fd, 1) == 0;
+    std::vector<iovec> pieces;
+    for (size_t at = 0; at < memory_.size(); at += PIECE)
+      pieces.push_back({memory_.data() + at, std::min(PIECE, memory_.size() - at)});
+    // Refused where the process may not pin as much: it is then read into like any other memory.
+    if (pieces.empty() || io_uring_register_buffers(&ring_, pieces.data(),
+                                                    static_cast<unsigned>(pieces.size())) != 0)
+      memory_ = {};
     return 0;
+  }
+
+  // The registered buffer that a view lies in; -1 if it lies in none, or in two.
+  int piece_of(const iovec& view) const {
+    const auto at = reinterpret_cast<uintptr_t>(view.iov_base) -
+                    reinterpret_cast<uintptr_t>(memory_.data());
+    if (at >= memory_.size() || view.iov_len > memory_.size() - at) return -1;
+    if (at / PIECE != (at + view.iov_len - 1) / PIECE) return -1;
+    return static_cast<int>(at / PIECE);
   }
 
   void work(std::promise<int>& ready) {
@@ -108,12 +128,16 @@ class Uring : public Engine {
     io_uring_sqe* entry = io_uring_get_sqe(&ring_);  // there are as many as flights
     const auto offset = static_cast<uint64_t>(reads.offsets[flight.turn.request]);
     const int fd = registered_ ? 0 : source_.fd;
-    if (flight.views.size() == 1)
-      io_uring_prep_read(entry, fd, flight.views[0].iov_base,
-                         static_cast<unsigned>(flight.views[0].iov_len), offset);
-    else
+    if (flight.views.size() == 1) {
+      const auto [base, length] = flight.views[0];
+      if (const int piece = piece_of(flight.views[0]); piece >= 0)
+        io_uring_prep_read_fixed(entry, fd, base, static_cast<unsigned>(length), offset, piece);
+      else
+        io_uring_prep_read(entry, fd, base, static_cast<unsigned>(length), offset);
+    } else {
       io_uring_prep_readv(entry, fd, flight.views.data(),
                           static_cast<unsigned>(flight.views.size()), offset);
+    }
     if (registered_) entry->flags |= IOSQE_FIXED_FILE;
     io_uring_sqe_set_data64(entry, static_cast<uint64_t>(index));
   }
@@ -160,6 +184,7 @@ class Uring : public Engine {
   }
 
   const Source source_;
+  std::span<uint8_t> memory_;  // that is registered
   Queue queue_;
   std::vector<Flight> flights_;
   std::vector<int> free_;
@@ -170,8 +195,8 @@ class Uring : public Engine {
 
 }  // namespace
 
-std::unique_ptr<Engine> uring_engine(const Source& source, int depth) {
-  return std::make_unique<Uring>(source, depth);
+std::unique_ptr<Engine> uring_engine(const Source& source, int depth, std::span<uint8_t> memory) {
+  return std::make_unique<Uring>(source, depth, memory);
 }
 
 }  // namespace bundlefmt

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from bundlefmt.errors import ReadError, UsageError
 
 DEFAULT_THREADS = 32  # the paper's number of reading threads
-DEFAULT_QUEUE_DEPTH = 64
+DEFAULT_QUEUE_DEPTH = 128
 MAX_VIEWS = 1024  # of one scatter read: IOV_MAX on Linux
 
 Table = NDArray[np.int64]
@@ -94,7 +94,7 @@ class Engine(Protocol):
 class Backend:
     """A way to read a file. Any offset, length and memory may be asked for; what is aligned to
     `offset_alignment` and `memory_alignment` needs no copy. At most `in_flight` requests are with
-    the device at once.
+    the device at once. Most of them read into `memory`, if one is given.
 
     A subclass opens the file, says what serves its batches (`_engine`) and, if need be, what to do
     with a batch beforehand (`_prepare`).
@@ -105,7 +105,13 @@ class Backend:
     memory_alignment = 1
     _engine: Engine | None = None
 
-    def __init__(self, path: str | os.PathLike[str], threads: int, queue_depth: int) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        threads: int,
+        queue_depth: int,
+        memory: NDArray[np.uint8] | None = None,
+    ) -> None:
         for field, number in (("threads", threads), ("queue_depth", queue_depth)):
             if number < 1:
                 raise UsageError(
@@ -113,6 +119,7 @@ class Backend:
                 )
         self.path = os.fspath(path)
         self.in_flight = threads
+        self._memory = memory
         self._owner = os.getpid()
 
     def submit(self, requests: Requests) -> Batch:

@@ -32,6 +32,7 @@ class Native:
         in_flight: int,
         offset_alignment: int,
         memory_alignment: int,
+        memory: NDArray[np.uint8] | None,
     ) -> None:
         assert native.core is not None
         if in_flight > native.core.MAX_IN_FLIGHT:
@@ -42,7 +43,9 @@ class Native:
                 found=in_flight,
             )
         self._path = path
-        self._engine = native.core.Engine(kind, fd, in_flight, offset_alignment, memory_alignment)
+        self._engine = native.core.Engine(
+            kind, fd, in_flight, offset_alignment, memory_alignment, memory
+        )
 
     def submit(self, requests: Requests) -> Batch:
         *tables, checks = requests

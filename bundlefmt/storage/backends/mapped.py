@@ -19,8 +19,14 @@ class Mapped(Backend):
 
     name = "mmap"
 
-    def __init__(self, path: str | os.PathLike[str], threads: int, queue_depth: int) -> None:
-        super().__init__(path, threads, queue_depth)
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        threads: int,
+        queue_depth: int,
+        memory: NDArray[np.uint8] | None = None,
+    ) -> None:
+        super().__init__(path, threads, queue_depth, memory)
         self._fd = self._open(os.O_RDONLY)
         try:
             self._map = mmap.mmap(self._fd, 0, prot=mmap.PROT_READ)

@@ -30,8 +30,14 @@ class Buffered(Backend):
     name = "buffered"
     _flags = os.O_RDONLY
 
-    def __init__(self, path: str | os.PathLike[str], threads: int, queue_depth: int) -> None:
-        super().__init__(path, threads, queue_depth)
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        threads: int,
+        queue_depth: int,
+        memory: NDArray[np.uint8] | None = None,
+    ) -> None:
+        super().__init__(path, threads, queue_depth, memory)
         self._fd = self._open(self._flags)
         try:
             self._engine = self._start()
@@ -46,7 +52,7 @@ class Buffered(Backend):
 
     def _native(self, kind: str) -> Engine:
         alignments = self.offset_alignment, self.memory_alignment
-        return Native(kind, self.path, self._fd, self.in_flight, *alignments)
+        return Native(kind, self.path, self._fd, self.in_flight, *alignments, self._memory)
 
     def _release(self) -> None:
         os.close(self._fd)
@@ -90,13 +96,19 @@ class Direct(Buffered):
     name = "direct"
     _flags = Buffered._flags | os.O_DIRECT
 
-    def __init__(self, path: str | os.PathLike[str], threads: int, queue_depth: int) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        threads: int,
+        queue_depth: int,
+        memory: NDArray[np.uint8] | None = None,
+    ) -> None:
         direct = probe_direct(path)
         if direct.refusal is not None:
             raise ReadError(f"direct I/O is not to be had: {direct.refusal}", file=path)
         self.offset_alignment = direct.offset_alignment
         self.memory_alignment = direct.memory_alignment
-        super().__init__(path, threads, queue_depth)
+        super().__init__(path, threads, queue_depth, memory)
 
     def _read(self, offset: int, views: Sequence[NDArray[np.uint8]]) -> int:
         # Misaligned memory is left to the kernel to refuse: looking at each address costs more.
@@ -117,14 +129,20 @@ class Direct(Buffered):
 
 
 class Uring(Direct):
-    """O_DIRECT reads through one io_uring of `queue_depth`."""
+    """O_DIRECT reads through one io_uring of `queue_depth`, with which `memory` is registered."""
 
     name = "uring"
 
-    def __init__(self, path: str | os.PathLike[str], threads: int, queue_depth: int) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        threads: int,
+        queue_depth: int,
+        memory: NDArray[np.uint8] | None = None,
+    ) -> None:
         if native.core is None:
             raise ReadError(f"no io_uring without the native core: {native.reason}", file=path)
-        super().__init__(path, threads, queue_depth)
+        super().__init__(path, threads, queue_depth, memory)
         self.in_flight = queue_depth
 
     def _start(self) -> Engine:
