@@ -32,7 +32,15 @@ def _load() -> tuple[Any, str]:
         return None, "not built: BUNDLEFMT_NATIVE=off, or `pip install -v .` says what failed"
     except ImportError as error:
         return None, f"cannot be loaded: {error}"
-    return loaded, f"kernels: {loaded.simd()}"
+    try:
+        return loaded, f"kernels: {loaded.simd()}"
+    except ValueError as error:
+        raise UsageError(
+            "instruction set not to be had",
+            field="BUNDLEFMT_SIMD",
+            expected=str(error),
+            found=os.environ["BUNDLEFMT_SIMD"],
+        ) from None
 
 
 # The extension module or None, and what there is to say of it: its instruction set, or why not.

@@ -26,8 +26,10 @@ const Kernels& choose() {
   for (const Choice& choice : choices)
     if (choice.runs_here && (!forced || std::string(forced) == choice.kernels->name))
       return *choice.kernels;
-  throw std::runtime_error("BUNDLEFMT_SIMD=" + std::string(forced) +
-                           ": expected avx512, avx2 or portable, and a CPU that has it");
+  std::string expected;
+  for (const Choice& choice : choices)
+    if (choice.runs_here) expected += (expected.empty() ? "" : ", ") + std::string(choice.kernels->name);
+  throw std::invalid_argument(expected);
 }
 
 }  // namespace

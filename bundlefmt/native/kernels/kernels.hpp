@@ -56,7 +56,7 @@ extern const Kernels avx512_kernels;
 #endif
 
 // The best that this CPU has, or what BUNDLEFMT_SIMD names; chosen once. Throws
-// std::runtime_error for a name that is not one of them or not this CPU's.
+// std::invalid_argument, with the names that this CPU can take, for any other name.
 const Kernels& kernels();
 
 }  // namespace bundlefmt

@@ -57,60 +57,49 @@ inline void for_each_block(const uint8_t* const* rows, const uint8_t* const* nex
   }
 }
 
-template <Encoding E, int R, int T>
-inline void dot_tile(const uint8_t* const* rows, const uint8_t* const* next, int64_t n, Vectors x,
-                     int64_t first_token, Vectors out, int64_t k) {
-  Vec total[R][T] = {};
-  for_each_block<E, R>(rows, next, n, [&](int64_t b, const uint8_t* const* blocks) {
-    for (int r = 0; r < R; ++r) {
-      Vec numbers[VECS];
-      decode<E>(blocks[r], numbers);
-      for (int t = 0; t < T; ++t) {
-        const float* from = x.token(first_token + t) + b * BLOCK;
-        for (int j = 0; j < VECS; ++j) total[r][t] += numbers[j] * load(from + j * WIDTH);
-      }
-    }
-  });
-  for (int r = 0; r < R; ++r)
-    for (int t = 0; t < T; ++t) out.token(first_token + t)[k + r] = sum(total[r][t]);
-}
-
-template <Encoding E, int R, int T>
-inline void sum_tile(const uint8_t* const* rows, const uint8_t* const* next, int64_t n, Vectors h,
-                     int64_t first_token, Vectors y, int64_t k) {
-  Vec weights[R][T];
-  for (int r = 0; r < R; ++r)
-    for (int t = 0; t < T; ++t) weights[r][t] = broadcast(h.token(first_token + t)[k + r]);
-  for_each_block<E, R>(rows, next, n, [&](int64_t b, const uint8_t* const* blocks) {
-    Vec totals[T][VECS];
-    for (int t = 0; t < T; ++t)
-      for (int j = 0; j < VECS; ++j)
-        totals[t][j] = load(y.token(first_token + t) + b * BLOCK + j * WIDTH);
-    for (int r = 0; r < R; ++r) {
-      Vec numbers[VECS];
-      decode<E>(blocks[r], numbers);
-      for (int t = 0; t < T; ++t)
-        for (int j = 0; j < VECS; ++j) totals[t][j] += numbers[j] * weights[r][t];
-    }
-    for (int t = 0; t < T; ++t)
-      for (int j = 0; j < VECS; ++j)
-        store(y.token(first_token + t) + b * BLOCK + j * WIDTH, totals[t][j]);
-  });
-}
-
+// A tile is R rows by T tokens of one of the two kernels.
 struct Dot {
   template <Encoding E, int R, int T>
-  static void tile(const uint8_t* const* rows, const uint8_t* const* next, int64_t n, Vectors in,
+  static void tile(const uint8_t* const* rows, const uint8_t* const* next, int64_t n, Vectors x,
                    int64_t first_token, Vectors out, int64_t k) {
-    dot_tile<E, R, T>(rows, next, n, in, first_token, out, k);
+    Vec total[R][T] = {};
+    for_each_block<E, R>(rows, next, n, [&](int64_t b, const uint8_t* const* blocks) {
+      for (int r = 0; r < R; ++r) {
+        Vec numbers[VECS];
+        decode<E>(blocks[r], numbers);
+        for (int t = 0; t < T; ++t) {
+          const float* from = x.token(first_token + t) + b * BLOCK;
+          for (int j = 0; j < VECS; ++j) total[r][t] += numbers[j] * load(from + j * WIDTH);
+        }
+      }
+    });
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) out.token(first_token + t)[k + r] = sum(total[r][t]);
   }
 };
 
 struct Sum {
   template <Encoding E, int R, int T>
-  static void tile(const uint8_t* const* rows, const uint8_t* const* next, int64_t n, Vectors in,
-                   int64_t first_token, Vectors out, int64_t k) {
-    sum_tile<E, R, T>(rows, next, n, in, first_token, out, k);
+  static void tile(const uint8_t* const* rows, const uint8_t* const* next, int64_t n, Vectors h,
+                   int64_t first_token, Vectors y, int64_t k) {
+    Vec weights[R][T];
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) weights[r][t] = broadcast(h.token(first_token + t)[k + r]);
+    for_each_block<E, R>(rows, next, n, [&](int64_t b, const uint8_t* const* blocks) {
+      Vec totals[T][VECS];
+      for (int t = 0; t < T; ++t)
+        for (int j = 0; j < VECS; ++j)
+          totals[t][j] = load(y.token(first_token + t) + b * BLOCK + j * WIDTH);
+      for (int r = 0; r < R; ++r) {
+        Vec numbers[VECS];
+        decode<E>(blocks[r], numbers);
+        for (int t = 0; t < T; ++t)
+          for (int j = 0; j < VECS; ++j) totals[t][j] += numbers[j] * weights[r][t];
+      }
+      for (int t = 0; t < T; ++t)
+        for (int j = 0; j < VECS; ++j)
+          store(y.token(first_token + t) + b * BLOCK + j * WIDTH, totals[t][j]);
+    });
   }
 };
 
