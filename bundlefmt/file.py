@@ -23,7 +23,12 @@ from bundlefmt.layout.header import decode as decode_header
 from bundlefmt.layout.order import is_permutation
 from bundlefmt.layout.superblock import Superblock
 from bundlefmt.reader import Reader
-from bundlefmt.storage.backends import DEFAULT_QUEUE_DEPTH, DEFAULT_THREADS, open_backend
+from bundlefmt.storage.backends import (
+    DEFAULT_QUEUE_DEPTH,
+    DEFAULT_THREADS,
+    Backend,
+    open_backend,
+)
 
 _ZSTD_STEP = 64  # compressed bytes at a time: at most 16 blocks of 128 KiB come out of them
 
@@ -187,7 +192,19 @@ class BundleFile:
         Raises UsageError for an unknown backend, ReadError when the one asked for by name cannot
         work here.
         """
-        opened, fallback = open_backend(self.path, backend, threads, queue_depth, memory)
+        opened, fallback = self.backend(backend, threads, queue_depth, memory)
+        return Reader(self, opened, fallback=fallback, verify=verify)
+
+    def backend(
+        self,
+        name: str = "auto",
+        threads: int = DEFAULT_THREADS,
+        queue_depth: int = DEFAULT_QUEUE_DEPTH,
+        memory: NDArray[np.uint8] | None = None,
+    ) -> tuple[Backend, str | None]:
+        """What `open_backend` gives for this file, and raises; ReadError, too, when another file
+        has its name by now."""
+        opened, fallback = open_backend(self.path, name, threads, queue_depth, memory)
         try:
             same = os.path.samestat(os.fstat(self._fd), Path(self.path).stat())
         except OSError:
@@ -195,7 +212,7 @@ class BundleFile:
         if not same:
             opened.close()
             raise ReadError("another file has taken this name meanwhile", file=self.path)
-        return Reader(self, opened, fallback=fallback, verify=verify)
+        return opened, fallback
 
     def region(self, region: Region, field: str) -> bytearray:
         """A region's bytes, checked against its checksum and decoded from its codec."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +14,6 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from bundlefmt.convert.overlap import overlapped
 from bundlefmt.convert.progress import Progress, silent
 from bundlefmt.errors import BundleError, FormatError, naming
 from bundlefmt.file import BundleFile
@@ -23,8 +22,9 @@ from bundlefmt.layout.checksums import row_digests
 from bundlefmt.layout.constants import DATA_OFFSET, SLOT_LENGTH, SLOT_OFFSETS
 from bundlefmt.layout.header import Group, Region, Span
 from bundlefmt.layout.structure import Extent
+from bundlefmt.storage.sequential import Sequential
 
-_STEP = 8 << 20  # bytes read at a time
+_SHORT = 64 << 10  # spans read through the page cache, which brings their neighbours along
 _MOST_FAULTS = 100  # kept by name; the rest are counted
 
 
@@ -66,8 +66,8 @@ def verify(
     except FormatError as error:
         _note_fault(report, error)
     else:
-        with file:
-            _Check(file, report, progress).run()
+        with file, closing(file.backend()[0]) as backend:
+            _Check(file, Sequential(backend), report, progress).run()
     report.seconds = time.perf_counter() - start
     return report
 
@@ -81,8 +81,11 @@ def _note_fault(report: VerifyReport, error: BundleError) -> None:
 class _Check:
     """One verification under way, of a file whose header is sound."""
 
-    def __init__(self, file: BundleFile, report: VerifyReport, progress: Progress) -> None:
+    def __init__(
+        self, file: BundleFile, sequential: Sequential, report: VerifyReport, progress: Progress
+    ) -> None:
         self._file = file
+        self._sequential = sequential
         self._report = report
         self._progress = progress
 
@@ -146,7 +149,7 @@ class _Check:
 
     def _region(self, region: Region, field: str) -> None:
         digest = xxhash.xxh3_64()
-        for _, data in self._pieces(region.offset, region.length, 1, field):
+        for _, data in self._pieces(region, field):
             digest.update(data)
         if digest.hexdigest() != region.xxh3:
             raise FormatError(
@@ -165,9 +168,7 @@ class _Check:
         except FormatError:
             return  # the tables are checked at their own places: that tells
         holes = _holes(group)
-        for offset, data in self._pieces(
-            group.bundles.offset, group.bundles.length, group.stride, group.label
-        ):
+        for offset, data in self._pieces(group.bundles, group.label, group.stride):
             first = (offset - group.bundles.offset) // group.stride
             rows = data.reshape(-1, group.stride)
             found = row_digests(rows)
@@ -193,7 +194,7 @@ class _Check:
     def _gap(self, begin: int, end: int) -> None:
         if self._report.quick:
             return
-        for offset, data in self._pieces(begin, end - begin, 1, "gap"):
+        for offset, data in self._pieces(Span(begin, end - begin), "gap"):
             self._zero(data, offset, "gap")
 
     def _zero(self, data: bytes | NDArray[np.uint8], offset: int, field: str) -> None:
@@ -210,16 +211,15 @@ class _Check:
             )
 
     def _pieces(
-        self, offset: int, length: int, unit: int, field: str
+        self, span: Span, field: str, unit: int = 1
     ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         """(offset, bytes) of the span in pieces of whole units."""
-        step = max(_STEP // unit, 1) * unit
-        end = offset + length
-        spans = [Span(at, min(step, end - at)) for at in range(offset, end, step)]
-        read = partial(self._file.read, field=field)
-        pieces = overlapped(read, spans) if len(spans) > 1 else map(read, spans)
-        for span, piece in zip(spans, pieces, strict=True):
-            yield span.offset, np.frombuffer(piece, dtype=np.uint8)
+        if span.length > _SHORT:
+            for offset, data in self._sequential.pieces(span.offset, span.length, unit):
+                yield offset, data
+                self._count(data.nbytes)
+        elif span.length:
+            yield span.offset, np.frombuffer(self._file.read(span, field), dtype=np.uint8)
             self._count(span.length)
 
     def _fault(self, error: FormatError) -> None:
