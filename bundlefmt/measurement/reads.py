@@ -27,15 +27,18 @@ _Result = TypeVar("_Result")
 
 class Pattern(NamedTuple):
     """Chunks in a batch, their order (`sorted`: as they lie in the file), and which share of them
-    touch another one of the batch. Raises UsageError (`check`) for one that cannot be."""
+    touch another one of the batch."""
 
     batch: int = DEFAULT_BATCH
     order: str = ORDERS[0]
     adjacent: float = 0.0
 
     def check(self) -> None:
+        """Raise UsageError for a pattern that cannot be."""
         if self.batch < 1:
-            raise UsageError("nothing to read", field="batch", expected="1 or more", found=self[0])
+            raise UsageError(
+                "nothing to read", field="batch", expected="1 or more", found=self.batch
+            )
         if self.order not in ORDERS:
             raise UsageError(
                 "unknown order", field="order", expected=", ".join(ORDERS), found=self.order
