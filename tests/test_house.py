@@ -12,6 +12,7 @@ from bundlefmt.cli import COMMANDS, arguments, bench, pack, run
 from bundlefmt.convert.plan import DTYPES
 from bundlefmt.layout.planner import ALIGNMENTS
 from bundlefmt.measurement import DEFAULT_SIZE
+from bundlefmt.measurement.reads import DEFAULT_BATCH, ORDERS
 from bundlefmt.runtime.config import _DECODERS
 from bundlefmt.runtime.ffn import MODES
 from bundlefmt.storage.backends import CHOICES, DEFAULT_QUEUE_DEPTH, DEFAULT_THREADS
@@ -28,6 +29,8 @@ def test_the_command_line_offers_what_the_package_has() -> None:
     assert arguments.BACKENDS == CHOICES
     assert arguments.THREADS == DEFAULT_THREADS
     assert arguments.QUEUE_DEPTH == DEFAULT_QUEUE_DEPTH
+    assert arguments.BATCH == DEFAULT_BATCH
+    assert arguments.ORDERS == ORDERS
     assert bench.SIZE == DEFAULT_SIZE
 
 
@@ -51,6 +54,11 @@ def test_the_readme_names_every_family_and_every_model_that_runs() -> None:
         assert aliases.get(family.name, family.name) in said, family.name
     for model_type in _DECODERS:
         assert model_type in said, model_type
+
+
+@pytest.mark.parametrize(("text", "expected"), [("0", 0), ("0.25", 0.25), ("25%", 0.25), ("1", 1)])
+def test_shares_are_read_as_people_write_them(text: str, expected: float) -> None:
+    assert arguments.parse_share(text) == expected
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import re
 BACKENDS = ("auto", "uring", "direct", "buffered", "mmap")
 THREADS = 32
 QUEUE_DEPTH = 128
+BATCH = 512  # neurons
+ORDERS = ("random", "sorted")
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -31,6 +33,14 @@ def parse_counts(text: str) -> list[int]:
         return [int(item) for item in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 1,8,32") from None
+
+
+def parse_share(text: str) -> float:
+    """`0.25` or `25%` -> 0.25"""
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 0.25 or 25%") from None
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
