@@ -338,8 +338,12 @@ def _run_fio(row: PeerRow, path: str) -> None:
 @contextmanager
 def _reader(subject: Subject, verify: bool) -> Iterator[Read]:
     """What callers use: ids in, checked bundles out."""
-    settings = {"threads": subject.threads, "queue_depth": subject.queue_depth}
-    with subject.file.reader(subject.backend, verify=verify, **settings) as reader:
+    with subject.file.reader(
+        subject.backend,
+        verify=verify,
+        threads=subject.threads,
+        queue_depth=subject.queue_depth,
+    ) as reader:
         batches = []
         for group, slots, out in subject.shares:
             reader.read(group.layer, [0], expert=group.expert)  # its tables are read here

@@ -46,11 +46,10 @@ std::span<iovec> after(std::span<iovec> views, size_t done) {
   return views;
 }
 
-// Reads into the views until `needed` bytes are there, `came` of them already; 0 or an errno.
-// Short reads go on from the last multiple of the alignment.
+// Reads into the views until `needed` bytes have come; 0 or an errno. Short reads go on from the
+// last multiple of the alignment.
 int fill(const Source& source, std::span<iovec> views, int64_t offset, int64_t needed,
          int64_t& came) {
-  views = after(views, static_cast<size_t>(came));
   for (int attempts = 0; came < needed && attempts < ATTEMPTS;) {
     const int count = static_cast<int>(std::min(views.size(), MAX_VIEWS));
     int64_t got = preadv(source.fd, views.data(), count, offset + came);
@@ -63,10 +62,6 @@ int fill(const Source& source, std::span<iovec> views, int64_t offset, int64_t n
   }
   return 0;
 }
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
 
 }  // namespace
 
@@ -144,33 +139,40 @@ std::optional<Failure> check(const Reads& reads, int64_t request) {
   return std::nullopt;
 }
 
-std::optional<Failure> serve(const Source& source, Batch& batch, int64_t request, int64_t came) {
+Widened::Widened(const Source& source, const Reads& reads, int64_t request)
+    : needed(bytes_of(reads, request)), skipped(reads.offsets[request] % source.offset_alignment) {
+  const int64_t unit = source.offset_alignment;
+  length = (skipped + needed + unit - 1) / unit * unit;
+  offset = reads.offsets[request] - skipped;
+  const auto alignment = static_cast<size_t>(std::max<int64_t>(source.memory_alignment, 64));
+  const size_t room = (static_cast<size_t>(length) + alignment - 1) / alignment * alignment;
+  memory.reset(static_cast<uint8_t*>(std::aligned_alloc(alignment, room)));
+}
+
+void Widened::copy_to(const std::vector<iovec>& views) const {
+  const uint8_t* from = memory.get() + skipped;
+  for (const iovec& view : views) {
+    std::memcpy(view.iov_base, from, view.iov_len);
+    from += view.iov_len;
+  }
+}
+
+std::optional<Failure> serve(const Source& source, Batch& batch, int64_t request) {
   const Reads& reads = batch.reads;
-  const int64_t needed = bytes_of(reads, request), offset = reads.offsets[request];
   std::vector<iovec> views = views_of(reads, request);
+  int64_t needed = bytes_of(reads, request), came = 0;
   int error;
   if (aligned(source, reads, request)) {
-    error = fill(source, views, offset, needed, came);
+    error = fill(source, views, reads.offsets[request], needed, came);
     batch.bytes_read += came;
   } else {
-    const int64_t skipped = offset % source.offset_alignment;
-    const int64_t unit = source.offset_alignment;
-    const int64_t widened = (skipped + needed + unit - 1) / unit * unit;
-    const auto alignment = static_cast<size_t>(std::max<int64_t>(source.memory_alignment, 64));
-    const size_t room = (static_cast<size_t>(widened) + alignment - 1) / alignment * alignment;
-    const std::unique_ptr<void, Free> scratch(std::aligned_alloc(alignment, room));
-    if (!scratch) return Failure{Kind::failed, request, ENOMEM, 0, 0, 0};
-    iovec whole{scratch.get(), static_cast<size_t>(widened)};
-    came = 0;
-    error = fill(source, {&whole, 1}, offset - skipped, skipped + needed, came);
+    const Widened wide(source, reads, request);
+    if (!wide.memory) return Failure{Kind::failed, request, ENOMEM, 0, 0, 0};
+    iovec whole{wide.memory.get(), static_cast<size_t>(wide.length)};
+    error = fill(source, {&whole, 1}, wide.offset, wide.skipped + needed, came);
     batch.bytes_read += came;
-    came = std::clamp<int64_t>(came - skipped, 0, needed);
-    const uint8_t* from = static_cast<const uint8_t*>(scratch.get()) + skipped;
-    if (came == needed)
-      for (const iovec& view : views) {
-        std::memcpy(view.iov_base, from, view.iov_len);
-        from += view.iov_len;
-      }
+    came = std::clamp<int64_t>(came - wide.skipped, 0, needed);
+    if (came == needed) wide.copy_to(views);
   }
   if (error) return Failure{Kind::failed, request, error, came, 0, 0};
   if (came < needed) return Failure{Kind::ended, request, 0, came, 0, 0};

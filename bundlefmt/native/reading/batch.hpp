@@ -6,6 +6,8 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <vector>
@@ -70,9 +72,22 @@ class Batch {
   std::optional<Failure> failure_;
 };
 
-// Reads one request from `came` bytes on, and checks it; for engines that have a thread to spare.
-// Misaligned ones go through memory of their own, widened to what the source needs.
-std::optional<Failure> serve(const Source& source, Batch& batch, int64_t request, int64_t came = 0);
+// Reads one request and checks it; for engines that have a thread to spare.
+std::optional<Failure> serve(const Source& source, Batch& batch, int64_t request);
+
+// Memory of its own for a request that the source cannot read as it stands: aligned, and as wide
+// as it has to be.
+struct Widened {
+  Widened(const Source& source, const Reads& reads, int64_t request);
+  void copy_to(const std::vector<iovec>& views) const;
+
+  struct Free {
+    void operator()(uint8_t* freed) const { std::free(freed); }
+  };
+  int64_t needed, skipped;  // bytes of the request, and those read before them
+  int64_t offset, length;   // of the read
+  std::unique_ptr<uint8_t, Free> memory;  // null when there is none to be had
+};
 
 // Whether a request can be read as it stands, into its own views.
 bool aligned(const Source& source, const Reads& reads, int64_t request);

@@ -27,12 +27,14 @@ std::unique_ptr<Engine> uring_engine(const Source&, int, std::span<uint8_t>) {
 namespace bundlefmt {
 namespace {
 
+constexpr int64_t MAX_VIEWS = 1024;  // IOV_MAX on Linux
 constexpr size_t PIECE = size_t{1} << 30;  // the most that the kernel registers as one buffer
 
 // A request on its way.
 struct Flight {
   Turn turn;
   std::vector<iovec> views;
+  std::optional<Widened> widened;  // what is read in their place
   int64_t start;
   int64_t needed;
 };
@@ -117,23 +119,30 @@ class Uring : public Engine {
 
   void launch(Turn turn) {
     const Reads& reads = turn.batch->reads;
-    if (!aligned(source_, reads, turn.request) ||
-        reads.bounds[turn.request + 1] - reads.bounds[turn.request] > 1024)
+    const bool wide = !aligned(source_, reads, turn.request);
+    std::optional<Widened> widened;
+    if (wide) widened.emplace(source_, reads, turn.request);
+    if (wide ? !widened->memory
+             : reads.bounds[turn.request + 1] - reads.bounds[turn.request] > MAX_VIEWS)
       return finish(turn, now(), serve(source_, *turn.batch, turn.request));
     const int index = free_.back();
     free_.pop_back();
     Flight& flight = flights_[static_cast<size_t>(index)];
-    flight = {std::move(turn), views_of(reads, turn.request), now(), 0};
+    flight = {std::move(turn), views_of(reads, turn.request), std::move(widened), now(), 0};
     for (const iovec& view : flight.views) flight.needed += static_cast<int64_t>(view.iov_len);
     io_uring_sqe* entry = io_uring_get_sqe(&ring_);  // there are as many as flights
-    const auto offset = static_cast<uint64_t>(reads.offsets[flight.turn.request]);
+    const auto offset =
+        static_cast<uint64_t>(wide ? flight.widened->offset : reads.offsets[flight.turn.request]);
     const int fd = registered_ ? 0 : source_.fd;
-    if (flight.views.size() == 1) {
-      const auto [base, length] = flight.views[0];
-      if (const int piece = piece_of(flight.views[0]); piece >= 0)
-        io_uring_prep_read_fixed(entry, fd, base, static_cast<unsigned>(length), offset, piece);
+    if (wide || flight.views.size() == 1) {
+      const iovec into = wide ? iovec{flight.widened->memory.get(),
+                                      static_cast<size_t>(flight.widened->length)}
+                              : flight.views[0];
+      const auto length = static_cast<unsigned>(into.iov_len);
+      if (const int piece = piece_of(into); piece >= 0)
+        io_uring_prep_read_fixed(entry, fd, into.iov_base, length, offset, piece);
       else
-        io_uring_prep_read(entry, fd, base, static_cast<unsigned>(length), offset);
+        io_uring_prep_read(entry, fd, into.iov_base, length, offset);
     } else {
       io_uring_prep_readv(entry, fd, flight.views.data(),
                           static_cast<unsigned>(flight.views.size()), offset);
@@ -150,9 +159,11 @@ class Uring : public Engine {
       const auto index = static_cast<int>(io_uring_cqe_get_data64(entry));
       Flight& flight = flights_[static_cast<size_t>(index)];
       Batch& batch = *flight.turn.batch;
+      const int64_t skipped = flight.widened ? flight.widened->skipped : 0;
       std::optional<Failure> failure;
-      if (entry->res == flight.needed) {
-        batch.bytes_read += flight.needed;
+      if (entry->res >= skipped + flight.needed) {
+        batch.bytes_read += entry->res;
+        if (flight.widened) flight.widened->copy_to(flight.views);
         failure = check(batch.reads, flight.turn.request);
       } else if (entry->res >= 0 || entry->res == -EINTR || entry->res == -EAGAIN) {
         failure = serve(source_, batch, flight.turn.request);  // short: rare enough to read anew
@@ -161,6 +172,7 @@ class Uring : public Engine {
       }
       finish(flight.turn, flight.start, failure);
       flight.turn.batch.reset();
+      flight.widened.reset();
       free_.push_back(index);
     }
     io_uring_cq_advance(&ring_, landed);
