@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 import bundlefmt
 from bundlefmt.native import CPUS
+from bundlefmt.storage.buffers import aligned_empty
 from tools import make_checkpoint
 
 ROUNDS = 15
@@ -65,28 +67,30 @@ SUMS: dict[str, Sum] = {
 }
 
 
-@pytest.fixture(scope="session")
-def bandwidth() -> Callable[[int, int], tuple[float, str]]:
-    """Bytes per second at which as many threads as the kernels have read `used` of `held` bytes,
-    another stretch of them each time, and by which loop."""
-    pool = ThreadPoolExecutor(CPUS)
+class Memory:
+    """The memory's own rate: as many threads as the kernels have read `used` of `held` bytes,
+    another stretch of them each time, by the fastest of SUMS."""
 
-    def measure(used: int, held: int) -> tuple[float, str]:
+    def __init__(self, used: int, held: int) -> None:
         part = used // CPUS // 16 * 4  # numbers per thread: halves are whole int64, too
-        memory = np.ones(max(held // 4, part * CPUS), np.float32)
-        stretches = [
-            np.split(memory[start : start + part * CPUS], CPUS)
-            for start in range(0, memory.size - part * CPUS + 1, part * CPUS)
-        ]
-        rates = {}
-        for name, loop in SUMS.items():
-            taken = []
-            for k in range(ROUNDS + 1):
-                start = time.perf_counter()
-                list(pool.map(loop, stretches[k % len(stretches)]))
-                taken.append(time.perf_counter() - start)
-            rates[name] = part * CPUS * 4 / median(taken[1:])
-        fastest = max(rates, key=lambda name: rates[name])
-        return rates[fastest], fastest
+        numbers = aligned_empty(max(held, part * CPUS * 4)).view(np.float32)
+        numbers.fill(1)
+        self.nbytes = part * CPUS * 4
+        self._stretches = cycle(
+            np.split(numbers[start : start + part * CPUS], CPUS)
+            for start in range(0, numbers.size - part * CPUS + 1, part * CPUS)
+        )
+        self._pool = ThreadPoolExecutor(CPUS)
+        self._loop = SUMS[next(iter(SUMS))]
+        taken = {}
+        for name, self._loop in SUMS.items():
+            taken[name] = median(self.seconds() for _ in range(ROUNDS))
+        self.read_by = min(taken, key=lambda name: taken[name])
+        self._loop = SUMS[self.read_by]
 
-    return measure
+    def seconds(self) -> float:
+        """What one reading takes."""
+        stretch = next(self._stretches)
+        start = time.perf_counter()
+        list(self._pool.map(self._loop, stretch))
+        return time.perf_counter() - start
