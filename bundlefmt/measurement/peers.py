@@ -70,11 +70,12 @@ class Share(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """What a peer reads, and with which of our settings; `folder` takes copies of the first group
-    in other layouts."""
+    """What a peer reads, and with which of our settings; `memory` is what all shares lie in,
+    `folder` takes copies of the first group in other layouts."""
 
     file: BundleFile
     shares: list[Share]
+    memory: Bytes
     folder: Path
     backend: str
     threads: int
@@ -195,7 +196,7 @@ def compare(
             **pattern._asdict(),
             "repetitions": REPETITIONS,
         }
-        subject = Subject(file, [], Path(folder), backend, threads, queue_depth)
+        subject = Subject(file, [], aligned_empty(0), Path(folder), backend, threads, queue_depth)
         rows = _take_turns(subject, pattern, progress)
         return Comparison(rows, _ratios(rows), settings, machine.facts(file.path))
 
@@ -274,7 +275,8 @@ def _scopes(
     drawn["few"] = [(first, drawn["group"][0][1][:FEW])]
     memory = aligned_empty(max(map(_nbytes, drawn.values())))
     return {
-        scope: subject._replace(shares=_shares(batches, memory)) for scope, batches in drawn.items()
+        scope: subject._replace(shares=_shares(batches, memory), memory=memory)
+        for scope, batches in drawn.items()
     }
 
 
@@ -343,6 +345,7 @@ def _reader(subject: Subject, verify: bool) -> Iterator[Read]:
         verify=verify,
         threads=subject.threads,
         queue_depth=subject.queue_depth,
+        memory=subject.memory,
     ) as reader:
         batches = []
         for group, slots, out in subject.shares:
