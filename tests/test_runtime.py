@@ -370,6 +370,27 @@ def test_an_unknown_rope_scaling_is_refused_by_name() -> None:
         decoder_config(config, 2)
 
 
+@pytest.mark.parametrize(
+    ("rope", "pairs", "theta"),
+    [
+        ({"rope_parameters": {"rope_theta": 25000.0, "partial_rotary_factor": 0.4}}, 16, 25000.0),
+        ({"rope_theta": 25000.0, "partial_rotary_factor": 0.4}, 16, 25000.0),
+        ({"partial_rotary_factor": 0.4, "rope_scaling": None}, 16, 10000.0),
+        ({}, 20, 10000.0),
+    ],
+    ids=str,
+)
+def test_older_and_newer_configs_say_how_much_of_a_head_turns(
+    rope: dict[str, Any], pairs: int, theta: float
+) -> None:
+    config = json.loads((FIXTURES / "phi" / "config.json").read_text())
+    del config["rope_parameters"]
+    found = decoder_config({**config, "hidden_size": 160, **rope}, 2).rope  # heads of 80 numbers
+    assert found is not None
+    expected = theta ** (-np.arange(pairs) / pairs)
+    np.testing.assert_allclose(found.frequencies, expected)
+
+
 def test_positions_by_alibi_are_refused_by_name() -> None:
     config = json.loads((FIXTURES / "falcon" / "config.json").read_text())
     with pytest.raises(bundlefmt.UsageError, match="alibi"):
