@@ -117,6 +117,14 @@ def test_exact_gives_the_dense_logits_of_a_relufied_model_and_reads_less(
         assert exact.generate(ids, 16) == dense.generate(ids, 16)
 
 
+def test_a_llama_of_prosparse_is_a_llama(tmp_path: Path) -> None:
+    expected = reference("llama-fatrelu")
+    path = edited_config("llama-fatrelu", tmp_path, model_type="sparsellama")
+    with bundlefmt.load_model(path, mode="exact") as model:
+        assert model.file.header.family == "llama"
+        assert model.generate(expected["prompt"].tolist(), 16) == expected["decoded"].tolist()
+
+
 def test_one_group_of_heads_with_one_norm_is_multi_query(tmp_path: Path) -> None:
     expected = reference("falcon")
     path = edited_config(

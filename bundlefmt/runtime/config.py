@@ -328,6 +328,7 @@ def _falcon(config: Mapping[str, Any], layers: int) -> DecoderConfig:
 _DECODERS: dict[str, Callable[[Mapping[str, Any], int], DecoderConfig]] = {
     "opt": _opt,
     "llama": _llama,
+    "sparsellama": _llama,  # ProSparse's
     "mistral": _llama,
     "qwen2": _llama,
     "qwen3": _llama,
