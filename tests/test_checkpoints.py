@@ -39,16 +39,20 @@ class Case(NamedTuple):
     neurons: int = 72
     experts: int = 0
     biases: tuple[str, ...] = ()
+    threshold: float | None = None
 
 
 CASES = {
     "bert": Case("bert", "gelu", PLAIN, biases=PLAIN),
     "falcon": Case("falcon", "gelu", PLAIN),
-    "falcon-bias": Case("falcon", "gelu", PLAIN, biases=PLAIN),
+    "falcon-bias": Case("falcon", "relu", PLAIN, biases=PLAIN),
+    "falcon-grouped": Case("falcon", "relu", PLAIN),
+    "falcon-sequential": Case("falcon", "relu", PLAIN),
     "gemma": Case("gemma", "gelu_tanh", GATED),
     "gpt2": Case("gpt2", "gelu_new", PLAIN, biases=PLAIN),
     "gpt_neox": Case("gpt_neox", "gelu", PLAIN, biases=PLAIN),
     "llama": Case("llama", "silu", GATED),
+    "llama-fatrelu": Case("llama", "fatrelu", GATED, threshold=0.3),
     "llama3-rope": Case("llama", "relu", GATED, biases=GATED),
     "mistral": Case("llama", "silu", GATED),
     "mixtral": Case("mixtral", "silu", GATED, neurons=40, experts=3),
@@ -56,6 +60,7 @@ CASES = {
     "opt-post-norm": Case("opt", "relu", PLAIN, layers=3, biases=PLAIN),
     "persimmon": Case("persimmon", "relu2", PLAIN, biases=PLAIN),
     "phi": Case("phi", "gelu_new", PLAIN, biases=PLAIN),
+    "phi-relu": Case("phi", "relu", PLAIN, biases=PLAIN),
     "phi3": Case("phi3", "silu", GATED),
     "qwen2": Case("llama", "silu", GATED),
     "qwen3": Case("llama", "silu", GATED),
@@ -74,6 +79,7 @@ def gelu_tanh(x: Array) -> Array:
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": lambda x: np.maximum(x, 0),
     "relu2": lambda x: np.maximum(x, 0) ** 2,
+    "fatrelu": lambda x: np.where(x > 0.3, x, 0),
     "silu": lambda x: x / (1 + np.exp(-x)),
     "gelu": gelu_erf,
     "gelu_new": gelu_tanh,
@@ -154,7 +160,7 @@ def test_groups_are_the_ffns_of_the_model(case: str, bundles: dict[str, Path]) -
         for group in file.groups:
             assert (group.neurons, group.d_model) == (expected.neurons, 32)
             assert group.activation == expected.activation
-            assert group.activation_threshold is None
+            assert group.activation_threshold == expected.threshold
             assert tuple(part.name for part in group.parts) == expected.parts
             assert tuple(part.name for part in group.parts if part.bias) == expected.biases
             assert {part.encoding for part in group.parts} == {"f32"}

@@ -32,7 +32,7 @@ from tests.conftest import DEMO, FIXTURES, SHARED
 from tools import make_checkpoint
 
 CASES = sorted(path.name for path in FIXTURES.iterdir())
-GATED = ("gemma", "llama", "llama3-rope", "mixtral", "phi3", "qwen3_moe")
+GATED = ("gemma", "llama", "llama-fatrelu", "llama3-rope", "mixtral", "phi3", "qwen3_moe")
 
 
 def sha256(path: Path) -> str:

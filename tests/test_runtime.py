@@ -14,15 +14,26 @@ from safetensors.numpy import save_file
 
 import bundlefmt
 from bundlefmt.runtime import kernels
+from bundlefmt.runtime.attention import AttentionLayer
 from bundlefmt.runtime.config import decoder_config
-from bundlefmt.runtime.ffn import Streamer
+from bundlefmt.runtime.ffn import FfnLayer, Streamer
 from bundlefmt.runtime.generate import Model
 from bundlefmt.storage.buffers import aligned_empty
 from tests.conftest import FIXTURES, SHARED
 from tests.references import openelm
 
-GENERATING = ("opt", "opt-post-norm", "llama", "llama3-rope", "mistral", "qwen2", "qwen3")
-RELU = ("opt", "opt-post-norm", "llama3-rope")
+RELU = (
+    "opt",
+    "opt-post-norm",
+    "llama3-rope",
+    "llama-fatrelu",
+    "phi-relu",
+    "persimmon",
+    "falcon-bias",
+    "falcon-grouped",
+    "falcon-sequential",
+)
+GENERATING = (*RELU, "llama", "mistral", "qwen2", "qwen3", "phi", "falcon")
 TOLERANCE = 1e-4  # of the largest logit
 
 
@@ -75,7 +86,7 @@ def test_decoding_token_by_token_gives_the_logits_of_the_whole(case: str, tmp_pa
 def test_exact_gives_the_logits_of_the_reference(
     case: str, resident: str | None, tmp_path: Path
 ) -> None:
-    if resident == "up" and case == "llama3-rope":
+    if resident == "up" and case.startswith("llama"):
         resident = "gate"
     expected = reference(case)
     ids = [*expected["prompt"].tolist(), *expected["decoded"].tolist()]
@@ -85,6 +96,68 @@ def test_exact_gives_the_logits_of_the_reference(
         before = model.reader.stats.bytes_read
         assert model.generate(ids[:64], 16) == ids[64:]
         assert model.reader.stats.bytes_read > before
+
+
+@pytest.mark.parametrize(
+    ("case", "changes"), [("falcon", {"activation": "relu"}), ("phi", {"hidden_act": "relu"})]
+)
+def test_exact_gives_the_dense_logits_of_a_relufied_model_and_reads_less(
+    case: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    path = edited_config(case, tmp_path, **changes)
+    with (
+        bundlefmt.load_model(path) as dense,
+        bundlefmt.load_model(path, mode="exact") as exact,
+    ):
+        before = exact.reader.stats.bytes_read
+        assert_close(exact.logits([50]), dense.logits([50]))
+        assert 0 < exact.reader.stats.bytes_read - before < dense.reader.stats.bytes_read
+        ids = reference(case)["prompt"].tolist()
+        assert_close(exact.logits(ids), dense.logits(ids))
+        assert exact.generate(ids, 16) == dense.generate(ids, 16)
+
+
+def test_a_llama_of_prosparse_is_a_llama(tmp_path: Path) -> None:
+    expected = reference("llama-fatrelu")
+    path = edited_config("llama-fatrelu", tmp_path, model_type="sparsellama")
+    with bundlefmt.load_model(path, mode="exact") as model:
+        assert model.file.header.family == "llama"
+        assert model.generate(expected["prompt"].tolist(), 16) == expected["decoded"].tolist()
+
+
+def test_one_group_of_heads_with_one_norm_is_multi_query(tmp_path: Path) -> None:
+    expected = reference("falcon")
+    path = edited_config(
+        "falcon",
+        tmp_path,
+        new_decoder_architecture=True,
+        num_kv_heads=1,
+        num_ln_in_parallel_attn=1,
+        parallel_attn=False,
+    )
+    ids = [*expected["prompt"].tolist(), *expected["decoded"].tolist()]
+    with bundlefmt.load_model(path) as model:
+        assert_close(model.logits(ids), expected["logits"])
+
+
+@pytest.mark.parametrize(
+    ("case", "order"),
+    [("falcon", ["ffn", "attention"] * 2), ("falcon-sequential", ["attention", "ffn"] * 2)],
+)
+def test_the_ffn_of_a_parallel_block_reads_before_attention_runs(
+    case: str, order: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    for kind, name in ((FfnLayer, "ffn"), (AttentionLayer, "attention")):
+
+        def noted(self: Any, *inputs: Any, name: str = name, call: Any = kind.__call__) -> Any:
+            called.append(name)
+            return call(self, *inputs)
+
+        monkeypatch.setattr(kind, "__call__", noted)
+    with bundlefmt.load_model(packed(case, tmp_path)) as model:
+        model.logits([50])
+    assert called == order
 
 
 @pytest.mark.parametrize("backend", ["direct", "buffered", "mmap"])
@@ -305,6 +378,33 @@ def test_an_unknown_rope_scaling_is_refused_by_name() -> None:
         decoder_config(config, 2)
 
 
+@pytest.mark.parametrize(
+    ("rope", "pairs", "theta"),
+    [
+        ({"rope_parameters": {"rope_theta": 25000.0, "partial_rotary_factor": 0.4}}, 16, 25000.0),
+        ({"rope_theta": 25000.0, "partial_rotary_factor": 0.4}, 16, 25000.0),
+        ({"partial_rotary_factor": 0.4, "rope_scaling": None}, 16, 10000.0),
+        ({}, 20, 10000.0),
+    ],
+    ids=str,
+)
+def test_older_and_newer_configs_say_how_much_of_a_head_turns(
+    rope: dict[str, Any], pairs: int, theta: float
+) -> None:
+    config = json.loads((FIXTURES / "phi" / "config.json").read_text())
+    del config["rope_parameters"]
+    found = decoder_config({**config, "hidden_size": 160, **rope}, 2).rope  # heads of 80 numbers
+    assert found is not None
+    expected = theta ** (-np.arange(pairs) / pairs)
+    np.testing.assert_allclose(found.frequencies, expected)
+
+
+def test_positions_by_alibi_are_refused_by_name() -> None:
+    config = json.loads((FIXTURES / "falcon" / "config.json").read_text())
+    with pytest.raises(bundlefmt.UsageError, match="alibi"):
+        decoder_config(config | {"alibi": True}, 2)
+
+
 def test_a_damaged_bundle_stops_the_run_with_its_place(demo_bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "damaged.bundle"
     data = bytearray(demo_bundle.read_bytes())
@@ -354,6 +454,31 @@ def test_a_config_that_does_not_fit_its_tensors_is_a_format_error(
 ) -> None:
     with pytest.raises(bundlefmt.FormatError):
         bundlefmt.load_model(edited_config("llama", tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("case", "changes"),
+    [
+        ("falcon", {"multi_query": False}),
+        ("falcon", {"parallel_attn": False}),
+        ("falcon", {"new_decoder_architecture": True}),
+        ("falcon-grouped", {"num_kv_heads": 4}),
+        ("falcon-grouped", {"num_kv_heads": 3}),
+        ("falcon-grouped", {"num_ln_in_parallel_attn": 1}),
+        ("falcon-sequential", {"multi_query": True}),
+        ("persimmon", {"num_attention_heads": 2}),
+        *(
+            ("phi", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": factor}})
+            for factor in (0, 0.32, 1.5, -1, "half", float("inf"), None)
+        ),
+    ],
+    ids=str,
+)
+def test_a_block_that_the_config_shapes_otherwise_than_its_tensors_is_a_format_error(
+    case: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(bundlefmt.FormatError):
+        bundlefmt.load_model(edited_config(case, tmp_path, **changes))
 
 
 @pytest.mark.parametrize("model_type", [["llama"], None, 3])

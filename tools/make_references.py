@@ -33,6 +33,7 @@ import transformers as hf
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 FIXTURES = Path(__file__).resolve().parent.parent / "tests" / "fixtures"
 
@@ -129,6 +130,18 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,  # some frequencies stay, some blend, some are divided
 }
 
+FATRELU_THRESHOLD = 0.3  # far enough from zero that a plain ReLU shows
+
+
+class FatRelu(nn.Module):
+    """What ProSparse models have for an activation, and transformers has not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.threshold(x, FATRELU_THRESHOLD, 0.0)
+
+
+ACT2FN["fatrelu"] = FatRelu
+
 CASES = {
     "opt": Case(hf.OPTForCausalLM, hf.OPTConfig(**OPT), opt_ffn, generates=True, seed=137),
     "opt-post-norm": Case(
@@ -161,6 +174,13 @@ CASES = {
         generates=True,
         seed=4,
     ),
+    "llama-fatrelu": Case(
+        hf.LlamaForCausalLM,
+        hf.LlamaConfig(**SMALL, hidden_act="fatrelu", hidden_act_param=FATRELU_THRESHOLD),
+        mlp,
+        generates=True,
+        seed=1,
+    ),
     "mistral": Case(
         hf.MistralForCausalLM,
         hf.MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=24),
@@ -185,11 +205,69 @@ CASES = {
     "gemma": Case(
         hf.GemmaForCausalLM, hf.GemmaConfig(**SMALL, num_key_value_heads=1, head_dim=16), mlp
     ),
-    "phi": Case(hf.PhiForCausalLM, hf.PhiConfig(**SMALL), mlp),
+    "phi": Case(
+        hf.PhiForCausalLM,
+        # Six of a head's sixteen numbers turn.
+        hf.PhiConfig(**SMALL | {"num_attention_heads": 2}, partial_rotary_factor=0.4),
+        mlp,
+        generates=True,
+        seed=1,
+    ),
+    "phi-relu": Case(
+        hf.PhiForCausalLM,
+        hf.PhiConfig(
+            **SMALL,
+            num_key_value_heads=2,
+            hidden_act="relu",
+            qk_layernorm=True,
+            tie_word_embeddings=True,
+        ),
+        mlp,
+        generates=True,
+        seed=34,
+    ),
     "phi3": Case(hf.Phi3ForCausalLM, hf.Phi3Config(**SMALL), mlp),
-    "falcon": Case(hf.FalconForCausalLM, hf.FalconConfig(**FALCON), gpt_mlp),
-    "falcon-bias": Case(hf.FalconForCausalLM, hf.FalconConfig(**FALCON, bias=True), gpt_mlp),
-    "persimmon": Case(hf.PersimmonForCausalLM, hf.PersimmonConfig(**SMALL), mlp),
+    # The four shapes of Falcon's blocks and projections: as the 7B, the 7B relufied with biases,
+    # as the 40B, and neither parallel nor with shared keys.
+    "falcon": Case(
+        hf.FalconForCausalLM, hf.FalconConfig(**FALCON), gpt_mlp, generates=True, seed=13
+    ),
+    "falcon-bias": Case(
+        hf.FalconForCausalLM,
+        hf.FalconConfig(**FALCON, bias=True, activation="relu"),
+        gpt_mlp,
+        generates=True,
+        seed=13,
+    ),
+    "falcon-grouped": Case(
+        hf.FalconForCausalLM,
+        hf.FalconConfig(
+            **FALCON,
+            new_decoder_architecture=True,
+            num_kv_heads=2,
+            activation="relu",
+            tie_word_embeddings=False,
+        ),
+        gpt_mlp,
+        generates=True,
+        seed=12,
+    ),
+    "falcon-sequential": Case(
+        hf.FalconForCausalLM,
+        hf.FalconConfig(
+            **FALCON,
+            multi_query=False,
+            parallel_attn=False,
+            activation="relu",
+            tie_word_embeddings=False,
+        ),
+        gpt_mlp,
+        generates=True,
+        seed=7,
+    ),
+    "persimmon": Case(
+        hf.PersimmonForCausalLM, hf.PersimmonConfig(**SMALL), mlp, generates=True, seed=10
+    ),
     "gpt2": Case(
         hf.GPT2LMHeadModel,
         hf.GPT2Config(

@@ -109,7 +109,7 @@ _LLAMA_MLP = _gated("layers.{i}.mlp", "gate_proj", "up_proj", "down_proj")
 
 FAMILIES = (
     Family("opt", ("opt",), (_plain("decoder.layers.{i}.fc1", "decoder.layers.{i}.fc2"),), "relu"),
-    Family("llama", ("llama", "mistral", "qwen2", "qwen3"), (_LLAMA_MLP,), "silu"),
+    Family("llama", ("llama", "sparsellama", "mistral", "qwen2", "qwen3"), (_LLAMA_MLP,), "silu"),
     Family(
         "gemma",
         ("gemma", "gemma2", "gemma3_text"),

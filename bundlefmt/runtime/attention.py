@@ -42,6 +42,7 @@ class AttentionLayer:
         self.shape: Attention = config.layers[layer]
         self._head_dim = config.head_dim
         self._rope = config.rope
+        self._groups = self.shape.kv_heads if config.qkv_by_group else 1
         q = self.shape.heads * config.head_dim
         kv = self.shape.kv_heads * config.head_dim
         roles = {"qkv": q + 2 * kv} if "qkv" in config.names else {"q": q, "k": kv, "v": kv}
@@ -61,11 +62,9 @@ class AttentionLayer:
 
     def __call__(self, x: Floats, cache: LayerCache) -> Floats:
         """x [tokens, d_model] -> [tokens, d_model]; the tokens follow those in the cache."""
-        heads, kv_heads = self.shape.heads, self.shape.kv_heads
         tokens, before = x.shape[0], cache.length
         joined = np.concatenate([projection(x) for projection in self._projections], axis=1)
-        split = joined.reshape(tokens, heads + 2 * kv_heads, self._head_dim).transpose(1, 0, 2)
-        q, k, v = split[:heads], split[heads : heads + kv_heads], split[heads + kv_heads :]
+        q, k, v = self._split(joined)
         if self._head_norms:
             q, k = (norm(heads) for norm, heads in zip(self._head_norms, (q, k), strict=True))
         if self._rope is not None:
@@ -78,6 +77,17 @@ class AttentionLayer:
             some = slice(start, min(start + _QUERIES, tokens))
             mixed[:, some] = self._mix(q[:, some], keys, values, before + start)
         return self._out(np.ascontiguousarray(mixed.transpose(1, 0, 2)).reshape(tokens, -1))
+
+    def _split(self, joined: Floats) -> list[Floats]:
+        """Queries, keys and values [heads, tokens, head_dim] from what the projections give."""
+        queries = self.shape.heads // self._groups
+        keys = self.shape.kv_heads // self._groups
+        tokens = joined.shape[0]
+        grouped = joined.reshape(tokens, self._groups, queries + 2 * keys, self._head_dim)
+        return [
+            part.reshape(tokens, -1, self._head_dim).transpose(1, 0, 2)
+            for part in np.split(grouped, [queries, queries + keys], axis=2)
+        ]
 
     def _mix(self, q: Floats, keys: Floats, values: Floats, before: int) -> Floats:
         """Values mixed by attention, for queries [heads, n, head_dim] of the tokens from position
@@ -100,15 +110,17 @@ class AttentionLayer:
 
 
 def _angles(rope: Rope, before: int, tokens: int) -> tuple[Floats, Floats]:
-    """(cosines, sines) [tokens, head_dim / 2] for the positions from `before` on."""
+    """(cosines, sines) [tokens, pairs] for the positions from `before` on."""
     angles = np.arange(before, before + tokens)[:, None] * rope.frequencies
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 def _rotate(x: Floats, angles: tuple[Floats, Floats]) -> Floats:
-    """Rotate pairs (first half, second half) of x [heads, tokens, head_dim] by the angles."""
+    """Rotate pairs of x [heads, tokens, head_dim] by the angles: of its first 2 * pairs numbers,
+    one of the first half and one of the second. The others stay."""
     cosines, sines = angles
-    first, second = np.split(x, 2, axis=-1)
+    pairs = cosines.shape[1]
+    first, second, rest = np.split(x, [pairs, 2 * pairs], axis=-1)
     return np.concatenate(
-        [first * cosines - second * sines, second * cosines + first * sines], axis=-1
+        [first * cosines - second * sines, second * cosines + first * sines, rest], axis=-1
     )

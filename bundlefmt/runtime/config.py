@@ -31,7 +31,8 @@ class Attention:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions: one frequency per pair of a head's numbers, float64 [head_dim / 2]."""
+    """Rotary positions: one frequency per pair of a head's first numbers, float64 [pairs]; what
+    is left of the head does not turn."""
 
     frequencies: NDArray[np.float64]
 
@@ -40,8 +41,11 @@ class Rope:
 class DecoderConfig:
     """A decoder-only model. `norm` is `layer` or `rms`; `norm_first` says whether a block's norm
     stands before it or after the residual sum, `final_norm` whether one follows the last layer,
-    `head_norms` whether q and k have one per head. Learned positions start at row
-    `position_offset`."""
+    `head_norms` whether q and k have one per head. In a `parallel` block the FFN has the block's
+    input, as attention has, and no sum of the two; where it has no norm of its own, it shares
+    attention's. The rows of a fused qkv projection are all queries, all keys, all values, or, when
+    `qkv_by_group`, those of one key/value head after the other: its queries, its key, its value.
+    Learned positions start at row `position_offset`."""
 
     d_model: int
     head_dim: int
@@ -52,6 +56,8 @@ class DecoderConfig:
     norm_first: bool = True
     final_norm: bool = True
     head_norms: bool = False
+    parallel: bool = False
+    qkv_by_group: bool = False
     rope: Rope | None = None
     position_offset: int | None = None
     context: int | None = None
@@ -62,7 +68,7 @@ class DecoderConfig:
 # biases and projections that it lacks are left out.
 _LLAMA_NAMES = {
     "embed": "embed_tokens.weight",
-    "head": "lm_head.weight",
+    "head": "lm_head",
     "norm": "norm",
     "attention_norm": "layers.{i}.input_layernorm",
     "ffn_norm": "layers.{i}.post_attention_layernorm",
@@ -79,7 +85,7 @@ _OPT_NAMES = {
     "positions": "embed_positions.weight",
     "project_in": "project_in",
     "project_out": "project_out",
-    "head": "lm_head.weight",
+    "head": "lm_head",
     "norm": "decoder.final_layer_norm",
     "attention_norm": "decoder.layers.{i}.self_attn_layer_norm",
     "ffn_norm": "decoder.layers.{i}.final_layer_norm",
@@ -91,7 +97,7 @@ _OPT_NAMES = {
 
 _OPENELM_NAMES = {
     "embed": "transformer.token_embeddings.weight",
-    "head": "lm_head.weight",
+    "head": "lm_head",
     "norm": "transformer.norm",
     "attention_norm": "layers.{i}.attn_norm",
     "ffn_norm": "layers.{i}.ffn_norm",
@@ -100,6 +106,42 @@ _OPENELM_NAMES = {
     "q_norm": "layers.{i}.attn.q_norm",
     "k_norm": "layers.{i}.attn.k_norm",
 }
+
+_PHI_NAMES = {
+    "embed": "embed_tokens.weight",
+    "head": "lm_head",
+    "norm": "final_layernorm",
+    "attention_norm": "layers.{i}.input_layernorm",
+    "q": "layers.{i}.self_attn.q_proj",
+    "k": "layers.{i}.self_attn.k_proj",
+    "v": "layers.{i}.self_attn.v_proj",
+    "out": "layers.{i}.self_attn.dense",
+    "q_norm": "layers.{i}.self_attn.q_layernorm",
+    "k_norm": "layers.{i}.self_attn.k_layernorm",
+}
+
+_PERSIMMON_NAMES = {
+    "embed": "embed_tokens.weight",
+    "head": "lm_head",
+    "norm": "final_layernorm",
+    "attention_norm": "layers.{i}.input_layernorm",
+    "ffn_norm": "layers.{i}.post_attention_layernorm",
+    "qkv": "layers.{i}.self_attn.query_key_value",
+    "out": "layers.{i}.self_attn.dense",
+    "q_norm": "layers.{i}.self_attn.q_layernorm",
+    "k_norm": "layers.{i}.self_attn.k_layernorm",
+}
+
+_FALCON_NAMES = {
+    "embed": "word_embeddings.weight",
+    "head": "lm_head",
+    "norm": "ln_f",
+    "attention_norm": "h.{i}.input_layernorm",
+    "qkv": "h.{i}.self_attention.query_key_value",
+    "out": "h.{i}.self_attention.dense",
+}
+_FALCON_SEQUENTIAL = {"ffn_norm": "h.{i}.post_attention_layernorm"}
+_FALCON_TWO_NORMS = {"attention_norm": "h.{i}.ln_attn", "ffn_norm": "h.{i}.ln_mlp"}
 
 
 def decoder_config(config: Mapping[str, Any], layers: int) -> DecoderConfig:
@@ -132,8 +174,10 @@ def _check(decoder: DecoderConfig, layers: int) -> None:
     """Refuse what no model has; ValueError says what."""
     if len(decoder.layers) != layers:
         raise ValueError(f"{len(decoder.layers)} layers, where the file has {layers}")
-    if not 1 <= decoder.head_dim <= _MAX_HEAD_DIM or (decoder.rope and decoder.head_dim % 2):
+    if not 1 <= decoder.head_dim <= _MAX_HEAD_DIM:
         raise ValueError(f"heads of {decoder.head_dim} numbers")
+    if decoder.rope is not None and 2 * decoder.rope.frequencies.size > decoder.head_dim:
+        raise ValueError(f"rotary positions beyond heads of {decoder.head_dim} numbers")
     for layer in decoder.layers:
         if layer.heads < 1 or layer.kv_heads < 1 or layer.heads % layer.kv_heads:
             raise ValueError(f"{layer.heads} heads over {layer.kv_heads} key/value heads")
@@ -148,10 +192,15 @@ def _layers(config: Mapping[str, Any], layers: int) -> int:
     return layers
 
 
-def _llama(config: Mapping[str, Any], layers: int) -> DecoderConfig:
+def _heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Heads, key/value heads, and how many numbers a head has."""
     heads = int(config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
     kv_heads = int(config.get("num_key_value_heads") or heads)
+    return heads, kv_heads, int(config.get("head_dim") or config["hidden_size"] // heads)
+
+
+def _llama(config: Mapping[str, Any], layers: int) -> DecoderConfig:
+    heads, kv_heads, head_dim = _heads(config)
     return DecoderConfig(
         d_model=int(config["hidden_size"]),
         head_dim=head_dim,
@@ -204,13 +253,89 @@ def _openelm(config: Mapping[str, Any], layers: int) -> DecoderConfig:
     )
 
 
+def _phi(config: Mapping[str, Any], layers: int) -> DecoderConfig:
+    heads, kv_heads, head_dim = _heads(config)
+    return DecoderConfig(
+        d_model=int(config["hidden_size"]),
+        head_dim=head_dim,
+        layers=(Attention(heads, kv_heads),) * _layers(config, layers),
+        names=_PHI_NAMES,
+        norm="layer",
+        norm_epsilon=float(config["layer_norm_eps"]),
+        head_norms=bool(config.get("qk_layernorm", False)),
+        parallel=True,
+        rope=_rope(config, head_dim, turning=0.5),
+        context=_context(config, "max_position_embeddings"),
+        eos=eos_of(config),
+    )
+
+
+def _persimmon(config: Mapping[str, Any], layers: int) -> DecoderConfig:
+    heads, kv_heads, head_dim = _heads(config)
+    return DecoderConfig(
+        d_model=int(config["hidden_size"]),
+        head_dim=head_dim,
+        layers=(Attention(heads, kv_heads),) * _layers(config, layers),
+        names=_PERSIMMON_NAMES,
+        norm="layer",
+        norm_epsilon=float(config["layer_norm_eps"]),
+        head_norms=bool(config.get("qk_layernorm", True)),
+        qkv_by_group=True,
+        rope=_rope(config, head_dim, turning=0.5),
+        context=_context(config, "max_position_embeddings"),
+        eos=eos_of(config),
+    )
+
+
+def _falcon(config: Mapping[str, Any], layers: int) -> DecoderConfig:
+    """The 7B (one key/value head, one norm), the 40B (groups, `new_decoder_architecture`, a norm
+    each for attention and FFN), the 11B (groups, one norm), and blocks that are not parallel."""
+    if config.get("alibi"):
+        raise UsageError(
+            "positions that this runtime does not compute",
+            field="config.json, alibi",
+            expected="false: rotary positions",
+            found=True,
+        )
+    heads, _, head_dim = _heads(config)
+    grouped = bool(config.get("new_decoder_architecture", False))
+    parallel = grouped or bool(config.get("parallel_attn", True))
+    if grouped:
+        kv_heads = int(config.get("num_kv_heads") or heads)
+    else:
+        kv_heads = 1 if config.get("multi_query", True) else heads
+    if not parallel:
+        names = _FALCON_NAMES | _FALCON_SEQUENTIAL
+    elif grouped and (config.get("num_ln_in_parallel_attn") or 2) == 2:
+        names = _FALCON_NAMES | _FALCON_TWO_NORMS
+    else:
+        names = _FALCON_NAMES
+    return DecoderConfig(
+        d_model=int(config["hidden_size"]),
+        head_dim=head_dim,
+        layers=(Attention(heads, kv_heads),) * _layers(config, layers),
+        names=names,
+        norm="layer",
+        norm_epsilon=float(config["layer_norm_epsilon"]),
+        parallel=parallel,
+        qkv_by_group=True,
+        rope=_rope(config, head_dim),
+        context=_context(config, "max_position_embeddings"),
+        eos=eos_of(config),
+    )
+
+
 _DECODERS: dict[str, Callable[[Mapping[str, Any], int], DecoderConfig]] = {
     "opt": _opt,
     "llama": _llama,
+    "sparsellama": _llama,  # ProSparse's
     "mistral": _llama,
     "qwen2": _llama,
     "qwen3": _llama,
     "openelm": _openelm,
+    "phi": _phi,
+    "persimmon": _persimmon,
+    "falcon": _falcon,
 }
 
 
@@ -239,14 +364,17 @@ def _windows(config: Mapping[str, Any], layers: int) -> list[int | None]:
     return [int(window) if kind == "sliding_attention" else None for kind in kinds]
 
 
-def _rope(config: Mapping[str, Any], head_dim: int) -> Rope:
-    """Rotary positions by `rope_parameters` (newer configs) or `rope_theta` and `rope_scaling`."""
+def _rope(config: Mapping[str, Any], head_dim: int, turning: float = 1.0) -> Rope:
+    """Rotary positions by `rope_parameters` (newer configs) or `rope_theta` and `rope_scaling`.
+    `turning` is the share of a head that turns where the config does not say."""
     parameters = {
         "rope_theta": config.get("rope_theta", 10000.0),
+        "partial_rotary_factor": config.get("partial_rotary_factor", turning),
         **(config.get("rope_scaling") or {}),
         **(config.get("rope_parameters") or {}),
     }
-    frequencies = _frequencies(float(parameters["rope_theta"]), head_dim)
+    width = int(head_dim * float(parameters["partial_rotary_factor"]))
+    frequencies = _frequencies(float(parameters["rope_theta"]), width)
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "linear":
         return Rope(frequencies / float(parameters["factor"]))
@@ -262,10 +390,11 @@ def _rope(config: Mapping[str, Any], head_dim: int) -> Rope:
     return Rope(frequencies)
 
 
-def _frequencies(theta: float, head_dim: int) -> NDArray[np.float64]:
-    if not 2 <= head_dim <= _MAX_HEAD_DIM:
-        raise ValueError(f"heads of {head_dim} numbers")
-    exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+def _frequencies(theta: float, width: int) -> NDArray[np.float64]:
+    """The frequencies of `width` numbers that turn in pairs."""
+    if not 2 <= width <= _MAX_HEAD_DIM or width % 2:
+        raise ValueError(f"rotary positions over {width} numbers of a head")
+    exponents = np.arange(0, width, 2, dtype=np.float64) / width
     frequencies: NDArray[np.float64] = theta**-exponents
     return frequencies
 

@@ -17,7 +17,7 @@ from bundlefmt.runtime.weights import Norm, Weights
 
 
 class Layer(NamedTuple):
-    """One layer of the decoder."""
+    """One layer of the decoder; `ffn_norm` is attention's where the two share one."""
 
     attention_norm: Norm
     attention: AttentionLayer
@@ -42,13 +42,13 @@ class Decoder:
         self._embed = weights.matrix("embed", None if self._project_in else config.d_model)
         self._positions = weights.optional_matrix("positions", config.d_model)
         self._norm = weights.norm("norm", config.d_model) if config.final_norm else None
-        head = weights.optional_matrix("head", self._embed.shape[1])
-        self._head = self._embed if head is None else head
+        self._head = weights.head(self._embed)
+        ffn_norm = "ffn_norm" if "ffn_norm" in config.names else "attention_norm"
         self._layers = [
             Layer(
                 weights.norm("attention_norm", config.d_model, i),
                 AttentionLayer(config, weights, i),
-                weights.norm("ffn_norm", config.d_model, i),
+                weights.norm(ffn_norm, config.d_model, i),
                 FfnLayer(file, file.group(i), streamer, mode),
             )
             for i in range(len(config.layers))
@@ -73,19 +73,27 @@ class Decoder:
         if self._positions is not None and self.config.position_offset is not None:
             start = before + self.config.position_offset
             x = x + kernels.widened(self._positions[start : start + len(tokens)])
-        first = self.config.norm_first
         for layer, seen in zip(self._layers, cache, strict=True):
-            x = x + layer.attention(layer.attention_norm(x) if first else x, seen)
-            x = x if first else layer.attention_norm(x)
-            x = x + layer.ffn(layer.ffn_norm(x) if first else x)
-            x = x if first else layer.ffn_norm(x)
+            x = self._block(layer, x, seen)
         if self._norm is not None:
             x = self._norm(x)
         return x if self._project_out is None else self._project_out(x)
 
+    def _block(self, layer: Layer, x: Floats, seen: LayerCache) -> Floats:
+        """x [tokens, d_model] after one layer."""
+        if self.config.parallel:
+            # The FFN's input is known before attention runs, so its reads come first.
+            fed = layer.ffn(layer.ffn_norm(x))
+            return x + fed + layer.attention(layer.attention_norm(x), seen)
+        first = self.config.norm_first
+        x = x + layer.attention(layer.attention_norm(x) if first else x, seen)
+        x = x if first else layer.attention_norm(x)
+        x = x + layer.ffn(layer.ffn_norm(x) if first else x)
+        return x if first else layer.ffn_norm(x)
+
     def logits(self, hidden: Floats) -> Floats:
         """Hidden states [tokens, width] -> float32 [tokens, vocabulary]."""
-        return kernels.matmul(hidden, self._head)
+        return self._head(hidden)
 
     def check(self, ids: Sequence[int], count: int) -> list[int]:
         """The ids as plain integers. Raises UsageError unless they are tokens of the model and

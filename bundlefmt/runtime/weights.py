@@ -79,6 +79,14 @@ class Weights:
         weight = None if stem is None else self._find(f"{stem}.weight", (None, None))
         return None if weight is None else Linear(weight, None)
 
+    def head(self, embed: NDArray[Any]) -> Linear:
+        """The map from hidden states to logits: the embeddings' own weights where there are no
+        others, with its bias where there is one."""
+        stem = self._config.names["head"]
+        found = self._find(f"{stem}.weight", (None, embed.shape[1]))
+        weight = embed if found is None else found
+        return Linear(weight, self._vector(f"{stem}.bias", weight.shape[0]))
+
     def norm(self, role: str, width: int, layer: int | None = None) -> Norm:
         """A norm over `width` numbers."""
         stem = self._config.names[role].format(i=layer)
