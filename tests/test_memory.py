@@ -28,7 +28,7 @@ PROMPT = [1, 2, 3, 4, 5]
 @pytest.fixture(autouse=True)
 def steady_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every load finds a process of the same size, whatever the tests before it have left."""
-    monkeypatch.setattr(memory_of, "_resident_set", lambda: 100 << 20)
+    monkeypatch.setattr(memory_of, "resident_memory", lambda: 100 << 20)
 
 
 def least_memory(path: Path, **options: Any) -> int:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +19,7 @@ from bundlefmt.runtime.config import DecoderConfig
 from bundlefmt.runtime.ffn import CHUNK_BYTES
 from bundlefmt.runtime.selection import Selecting
 from bundlefmt.storage.buffers import aligned_empty
+from bundlefmt.storage.device import resident_memory
 
 POLICIES = ("lru", "lfu", "window")
 
@@ -99,7 +98,7 @@ def needs(file: BundleFile, config: DecoderConfig, selecting: Selecting, tokens:
     widest = max(group.neurons for group in groups)
     activations = tokens * 4 * (4 * config.d_model + 2 * widest)
     return Needs(
-        process=_resident_set(),
+        process=resident_memory(),
         resident=resident + parts,
         selectors=selectors,
         kv_cache=sum(tokens * 8 * layer.kv_heads * config.head_dim for layer in config.layers),
@@ -122,9 +121,3 @@ def make_caches(budget: Budget, groups: Sequence[Group], caching: Caching) -> Ca
         caches.append(made)
         start = end
     return Caches(caches, memory)
-
-
-def _resident_set() -> int:
-    """Bytes of this process that are in memory."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from bundlefmt.reader import ReadStats
 from bundlefmt.runtime.generate import Model, Sampling, load_model
 from bundlefmt.runtime.text import Tokenizer
 from bundlefmt.storage.backends import DEFAULT_QUEUE_DEPTH, DEFAULT_THREADS
+from bundlefmt.storage.device import resident_memory
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class _Timed:
             read_amplification=whole.read_amplification,
             io_seconds=whole.seconds,
             compute_seconds=self._seconds - whole.seconds,
-            peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_memory=resident_memory(peak=True),
         )
 
 
