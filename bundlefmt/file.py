@@ -29,8 +29,11 @@ from bundlefmt.storage.backends import (
     Backend,
     open_backend,
 )
+from bundlefmt.storage.buffers import aligned_empty
+from bundlefmt.storage.sequential import spanning
 
 _ZSTD_STEP = 64  # compressed bytes at a time: at most 16 blocks of 128 KiB come out of them
+_LONG = 1 << 20  # spans that come at the rate of the device, and leave the page cache alone
 
 
 class BundleFile:
@@ -43,6 +46,7 @@ class BundleFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
+        self._backend: Backend | None = None
         self._fd = _open_regular(self.path)
         try:
             with naming(self.path):
@@ -63,6 +67,9 @@ class BundleFile:
 
     def close(self) -> None:
         """Let go of the file. May be called twice."""
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -133,7 +140,7 @@ class BundleFile:
             )
         return np.frombuffer(self.tensor_bytes(name), dtype=dtype).reshape(entry.shape)
 
-    def tensor_bytes(self, name: str) -> bytearray:
+    def tensor_bytes(self, name: str) -> memoryview:
         """A resident tensor's bytes, decoded from its codec, checked."""
         return self.region(self.tensor_entry(name).data, name)
 
@@ -214,22 +221,23 @@ class BundleFile:
             raise ReadError("another file has taken this name meanwhile", file=self.path)
         return opened, fallback
 
-    def region(self, region: Region, field: str) -> bytearray:
+    def region(self, region: Region, field: str) -> memoryview:
         """A region's bytes, checked against its checksum and decoded from its codec."""
         if region.codec == "raw":
             return self._checked(region, field)
         data = bytearray()
         for piece in self.decoded_pieces(region, field):
             data += piece
-        return data
+        return memoryview(data)
 
-    def read(self, span: Span, field: str) -> bytearray:
+    def read(self, span: Span, field: str) -> memoryview:
         """The bytes of a span, unchecked. Raises ReadError when they cannot all be read,
         UsageError when the file is closed."""
         if self._fd < 0:
             raise UsageError("the file is closed", file=self.path)
-        data = bytearray(span.length)
-        view = memoryview(data)
+        if span.length >= _LONG:
+            return self._read_past_the_cache(span)
+        view = memoryview(bytearray(span.length))
         done = 0
         try:
             while done < span.length:
@@ -247,7 +255,14 @@ class BundleFile:
             raise ReadError(
                 f"read failed: {error.strerror}", file=self.path, field=field, offset=span.offset
             ) from error
-        return data
+        return view
+
+    def _read_past_the_cache(self, span: Span) -> memoryview:
+        if self._backend is None:
+            self._backend, _ = self.backend()
+        memory = aligned_empty(span.length)
+        self._backend.submit(spanning(memory, span.offset)).wait()
+        return memoryview(memory)
 
     def _read_header(self) -> tuple[Superblock, Header]:
         size = os.fstat(self._fd).st_size
@@ -308,7 +323,7 @@ class BundleFile:
                 found="more" if length > declared else length,
             )
 
-    def _checked(self, region: Region, field: str) -> bytearray:
+    def _checked(self, region: Region, field: str) -> memoryview:
         data = self.read(region, field)
         actual = xxhash.xxh3_64_hexdigest(data)
         if actual != region.xxh3:

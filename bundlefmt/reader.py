@@ -60,15 +60,18 @@ class ReadStats:
 
 @dataclass(frozen=True)
 class Bundles:
-    """The bundles of one batch. `raw` is uint8 [n, stride]; row k is the bundle of neurons[k]."""
+    """The bundles of one batch: the bundle of neurons[k] is row rows[k] of `raw`, uint8 [any,
+    stride]. Unless the caller chose the rows, that is row k."""
 
     group: Group
     neurons: NDArray[np.int64]
     raw: NDArray[np.uint8]
+    rows: NDArray[np.int64]
 
     def part(self, name: str) -> NDArray[Any]:
-        """A part's numbers [n, d_model]: a view of `raw` in the stored type for f32, f16 and
-        bf16, float32 for block encodings. Raises UsageError when the bundles do not hold it."""
+        """A part's numbers, one vector per row of `raw` [any, d_model]: a view of it in the stored
+        type for f32, f16 and bf16, float32 for block encodings. Raises UsageError when the bundles
+        do not hold it."""
         part = self.group.part(name)
         if part is None or part.offset is None:
             raise UsageError(
@@ -95,11 +98,13 @@ class Bundles:
 
 
 class _Placed(NamedTuple):
-    """Where each bundle of a batch lies and goes: ascending `slots`, slot k into row rows[k] of the
-    bundles; `twins` are rows whose neuron stands in the batch before, in the rows `firsts`."""
+    """Where each bundle of a batch lies and goes: ascending `slots`, the k-th of which holds
+    neuron ids[k] and goes into row rows[k] of the bundles; `twins` are rows whose neuron stands in
+    the batch before, in the rows `firsts`."""
 
     bundles: Bundles
     slots: NDArray[np.int64]
+    ids: NDArray[np.int64]
     rows: NDArray[np.int64]
     twins: NDArray[np.int64]
     firsts: NDArray[np.int64]
@@ -182,7 +187,7 @@ class Pending:
 
     def _error(self, damage: Damaged) -> FormatError:
         group, slot = self._placed.bundles.group, int(self._placed.slots[damage.row])
-        neuron = self._placed.bundles.neurons[self._placed.rows[damage.row]]
+        neuron = self._placed.ids[damage.row]
         return FormatError(
             "bundle damaged",
             file=self._path,
@@ -231,18 +236,21 @@ class Reader:
         *,
         expert: int | None = None,
         out: NDArray[np.uint8] | None = None,
+        rows: NDArray[np.int64] | None = None,
         known: NDArray[np.uint8] | None = None,
     ) -> Bundles:
         """The bundles of those neurons, in that order; an id may stand in the batch repeatedly.
 
         `out`, uint8 [n, at least stride] with contiguous rows, takes the bundles (rows aligned to
-        the device are written without a copy). `known`, uint8 [neurons of the group, k], holds
-        the first k bytes of every bundle: they are copied from there, and only the rest is read.
+        the device are written without a copy); with `rows`, an int64 [n], the k-th goes into
+        out[rows[k]], and the rest of `out` stays as it is. `known`, uint8 [neurons of the group,
+        k], holds the first k bytes of every bundle: they are copied from there, and only the rest
+        is read.
 
-        Raises UsageError for a group, id or `out` that cannot be served, ReadError when the
+        Raises UsageError for a group, id, row or `out` that cannot be served, ReadError when the
         device fails, FormatError when a bundle is not what its checksum says.
         """
-        return self.submit(layer, neurons, expert=expert, out=out, known=known).result()
+        return self.submit(layer, neurons, expert=expert, out=out, rows=rows, known=known).result()
 
     def submit(
         self,
@@ -251,17 +259,19 @@ class Reader:
         *,
         expert: int | None = None,
         out: NDArray[np.uint8] | None = None,
+        rows: NDArray[np.int64] | None = None,
         known: NDArray[np.uint8] | None = None,
     ) -> Pending:
         """Like `read`, without waiting: several batches can be in flight."""
         group = self._file.group(layer, expert)
         ids = self._check_ids(group, neurons)
-        rows = self._check_out(group, ids.size, out)
+        raw = self._check_out(group, ids.size if rows is None else None, out)
+        rows = self._check_rows(rows, ids.size, raw.shape[0])
         held = 0
         if known is not None:
             held = self._check_known(group, known)
-            rows[:, :held] = known[ids]
-        placed = self._place(Bundles(group, ids, rows))
+            raw[rows, :held] = known[ids]
+        placed = self._place(Bundles(group, ids, raw, rows))
         skip = round_down(held, self._backend.offset_alignment)
         requests = placed.requests(skip, self._checksums_of(group) if self.verify else None)
         asked = ReadStats(
@@ -274,16 +284,13 @@ class Reader:
     def _place(self, bundles: Bundles) -> _Placed:
         slots = self._slots_of(bundles.group, bundles.neurons)
         by_slot = np.argsort(slots, kind="stable")
-        slots = slots[by_slot]
+        slots, ids, rows = slots[by_slot], bundles.neurons[by_slot], bundles.rows[by_slot]
         fresh = np.ones(slots.size, dtype=bool)
         fresh[1:] = slots[1:] != slots[:-1]
         if fresh.all():
-            none = by_slot[:0]
-            return _Placed(bundles, slots, by_slot, none, none)
-        rows = by_slot[fresh]
-        return _Placed(
-            bundles, slots[fresh], rows, by_slot[~fresh], rows[np.cumsum(fresh) - 1][~fresh]
-        )
+            return _Placed(bundles, slots, ids, rows, rows[:0], rows[:0])
+        first = rows[fresh][np.cumsum(fresh) - 1]
+        return _Placed(bundles, slots[fresh], ids[fresh], rows[fresh], rows[~fresh], first[~fresh])
 
     def _check_ids(self, group: Group, neurons: Neurons) -> NDArray[np.int64]:
         try:
@@ -323,14 +330,16 @@ class Reader:
         return int(known.shape[1])
 
     def _check_out(
-        self, group: Group, count: int, out: NDArray[np.uint8] | None
+        self, group: Group, count: int | None, out: NDArray[np.uint8] | None
     ) -> NDArray[np.uint8]:
+        """`out`, or memory of the batch's own; any number of rows where `count` is None."""
         if out is None:
+            count = count or 0
             return aligned_empty(count * group.stride).reshape(count, group.stride)
         fits = (
             out.dtype == np.uint8
             and out.ndim == 2
-            and out.shape[0] == count
+            and count in (None, out.shape[0])
             and out.shape[1] >= group.stride
             and out.strides[1] == 1
             and out.flags.writeable
@@ -339,10 +348,26 @@ class Reader:
             raise UsageError(
                 "out cannot take the bundles",
                 field="out",
-                expected=f"writable uint8 [{count}, {group.stride}] with contiguous rows",
+                expected=f"writable uint8 [{'any' if count is None else count}, {group.stride}] "
+                "with contiguous rows",
                 found=f"{out.dtype} {list(out.shape)}, strides {out.strides}",
             )
         return out[:, : group.stride]
+
+    def _check_rows(
+        self, rows: NDArray[np.int64] | None, count: int, most: int
+    ) -> NDArray[np.int64]:
+        if rows is None:
+            return np.arange(count)
+        fits = rows.shape == (count,) and rows.dtype == np.int64
+        if not fits or (count and not (rows.min() >= 0 and rows.max() < most)):
+            raise UsageError(
+                "rows do not fit",
+                field="rows",
+                expected=f"int64 [{count}] of 0..{most - 1}",
+                found=f"{rows.dtype} {list(rows.shape)}",
+            )
+        return rows
 
     def _slots_of(self, group: Group, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         key = (group.layer, group.expert)

@@ -21,7 +21,7 @@ from bundlefmt.cli import main
 from bundlefmt.errors import BundleError, FormatError, ReadError, UsageError, WriteError
 from bundlefmt.measurement import BenchRow, fio, plot
 from bundlefmt.measurement.reads import Pattern, two_in_flight
-from bundlefmt.storage.backends import BACKENDS, open_backend
+from bundlefmt.storage.backends import BACKENDS, DEFAULT_QUEUE_DEPTH, open_backend
 from tests.conftest import VECTORS
 
 SIZE = 4 << 20
@@ -292,7 +292,9 @@ def test_a_model_is_measured_in_whole_neighbours(
     assert (row.reads, row.file, row.backend) == ("bundles", str(demo_bundle), backend)
     assert (row.neurons_per_chunk, row.chunk_bytes) == (4, 4 * STRIDE)
     assert row.verify is verify
-    assert (row.threads, row.queue_depth) == ((None, 64) if backend == "uring" else (2, None))
+    assert (row.threads, row.queue_depth) == (
+        (None, DEFAULT_QUEUE_DEPTH) if backend == "uring" else (2, None)
+    )
 
 
 @pytest.mark.parametrize(

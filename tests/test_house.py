@@ -14,7 +14,8 @@ from bundlefmt.layout.planner import ALIGNMENTS
 from bundlefmt.measurement import DEFAULT_SIZE
 from bundlefmt.measurement.reads import DEFAULT_BATCH, ORDERS
 from bundlefmt.runtime.config import _DECODERS
-from bundlefmt.runtime.ffn import MODES
+from bundlefmt.runtime.memory import POLICIES
+from bundlefmt.runtime.selection import MODES
 from bundlefmt.storage.backends import CHOICES, DEFAULT_QUEUE_DEPTH, DEFAULT_THREADS
 from tests.conftest import ROOT
 
@@ -26,6 +27,7 @@ def test_the_command_line_offers_what_the_package_has() -> None:
     assert pack.DTYPES == DTYPES
     assert pack.ALIGNMENTS == ALIGNMENTS
     assert run.MODES == MODES
+    assert run.POLICIES == POLICIES
     assert arguments.BACKENDS == CHOICES
     assert arguments.THREADS == DEFAULT_THREADS
     assert arguments.QUEUE_DEPTH == DEFAULT_QUEUE_DEPTH

@@ -439,6 +439,7 @@ STOREYS = (
     {"file"},
     {"checkpoints"},
     {"convert"},
+    {"flash"},
     {"runtime"},
     {"measurement", "diagnosis", "demonstration", "inspection"},
     {"cli"},

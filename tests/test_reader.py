@@ -297,6 +297,35 @@ def test_bundles_come_into_the_callers_memory(small_bundle: Path, backend: str, 
         assert np.array_equal(batch.up, up[ids])
 
 
+@backends
+@pytest.mark.parametrize("kind", OUTS)
+def test_bundles_come_into_the_rows_that_the_caller_chose(
+    small_bundle: Path, backend: str, kind: str
+) -> None:
+    ids, rows = [3, 4, 5, 5, 70, 1, 0, 71], [9, 10, 2, 0, 7, 6, 5, 11]
+    with bundlefmt.open(small_bundle) as file, file.reader(backend) as reader:
+        stride = file.groups[0].stride
+        out = OUTS[kind](12, stride)
+        out[:] = FILL
+        batch = reader.read(0, ids, out=out, rows=np.array(rows))
+        assert [out[row, :stride].tobytes() for row in rows] == slices(small_bundle, 0, ids)
+        assert (out[[1, 3, 4, 8]] == FILL).all()
+        up = load_file(FIXTURES / "llama" / "model.safetensors")[
+            "model.layers.0.mlp.up_proj.weight"
+        ]
+        assert np.array_equal(batch.up[batch.rows], up[ids])
+
+
+@pytest.mark.parametrize(
+    "rows", [[0, 1], [0, 1, 2, 3], [0, 1, 5], [-1, 0, 1], [0.0, 1.0, 2.0], [[0, 1, 2]]]
+)
+def test_rows_that_do_not_fit_are_refused(reader: Reader, rows: list[Any]) -> None:
+    out = aligned_empty(5 * 512).reshape(5, 512)
+    with pytest.raises(UsageError, match=r"int64 \[3\] of 0\.\.4"):
+        reader.read(0, [1, 2, 3], out=out, rows=np.array(rows))
+    assert reader.stats.requests == 0
+
+
 def _read_only(n: int, stride: int) -> NDArray[np.uint8]:
     out = np.empty((n, stride), dtype=np.uint8)
     out.flags.writeable = False

@@ -10,7 +10,8 @@ from bundlefmt.cli import arguments, output
 from bundlefmt.errors import printable_text
 
 HELP = "generate text, with the FFN read from flash"
-MODES = ("dense", "exact")
+MODES = ("dense", "exact", "topk")
+POLICIES = ("lru", "lfu", "window")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode",
         default="dense",
         choices=MODES,
-        help="dense reads every neuron; exact, for ReLU-like models, only the active ones",
+        help="dense reads every neuron; exact, for ReLU-like models, only the active ones; "
+        "topk the strongest ones, an approximation",
+    )
+    parser.add_argument(
+        "--share", type=float, default=0.3, help="of the neurons, that mode topk takes"
+    )
+    parser.add_argument(
+        "--memory",
+        type=arguments.parse_size,
+        metavar="SIZE",
+        help="of the whole process, such as 7GiB; what is left of it caches neurons",
+    )
+    parser.add_argument(
+        "--policy",
+        default="lru",
+        choices=POLICIES,
+        help="which neurons the cache lets go",
+    )
+    parser.add_argument(
+        "--window", type=int, metavar="TOKENS", help="whose neurons policy window keeps"
     )
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="0 takes the likeliest token"
@@ -63,6 +83,10 @@ def run(args: argparse.Namespace) -> int:
         args.prompt,
         args.max_new_tokens,
         mode=args.mode,
+        share=args.share,
+        memory=args.memory,
+        policy=args.policy,
+        window=args.window,
         temperature=args.temperature,
         top_p=args.top_p,
         seed=args.seed,

@@ -14,12 +14,12 @@ _QUERIES = 256  # tokens of a prompt whose scores are in memory at once
 
 
 class LayerCache:
-    """Keys and values of the tokens so far, float32 [kv_heads, tokens, head_dim] each. The memory
-    doubles when it is full."""
+    """Keys and values of the tokens so far, float32 [kv_heads, tokens, head_dim] each, with room
+    for `tokens` of them. The memory doubles when it is full."""
 
-    def __init__(self, kv_heads: int, head_dim: int) -> None:
+    def __init__(self, kv_heads: int, head_dim: int, tokens: int) -> None:
         self.length = 0
-        self._memory = np.empty((2, kv_heads, 16, head_dim), dtype=np.float32)
+        self._memory = np.empty((2, kv_heads, tokens, head_dim), dtype=np.float32)
 
     def extend(self, keys: Floats, values: Floats) -> tuple[Floats, Floats]:
         """Add keys and values [kv_heads, n, head_dim]; returns all of them."""
@@ -56,9 +56,9 @@ class AttentionLayer:
                 weights.norm(role, config.head_dim, layer) for role in ("q_norm", "k_norm")
             ]
 
-    def new_cache(self) -> LayerCache:
-        """An empty cache for this layer."""
-        return LayerCache(self.shape.kv_heads, self._head_dim)
+    def new_cache(self, tokens: int) -> LayerCache:
+        """An empty cache for this layer, with room for that many tokens."""
+        return LayerCache(self.shape.kv_heads, self._head_dim, tokens)
 
     def __call__(self, x: Floats, cache: LayerCache) -> Floats:
         """x [tokens, d_model] -> [tokens, d_model]; the tokens follow those in the cache."""

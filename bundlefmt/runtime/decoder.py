@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 from bundlefmt.errors import UsageError
 from bundlefmt.file import BundleFile
+from bundlefmt.flash.cache import NeuronCache
 from bundlefmt.runtime import kernels
 from bundlefmt.runtime.attention import AttentionLayer, LayerCache
 from bundlefmt.runtime.config import DecoderConfig
 from bundlefmt.runtime.ffn import FfnLayer, Streamer
 from bundlefmt.runtime.kernels import Floats
+from bundlefmt.runtime.selection import Selecting
 from bundlefmt.runtime.weights import Norm, Weights
 
 
@@ -33,7 +35,12 @@ class Decoder:
     """
 
     def __init__(
-        self, config: DecoderConfig, file: BundleFile, streamer: Streamer, mode: str
+        self,
+        config: DecoderConfig,
+        file: BundleFile,
+        streamer: Streamer,
+        selecting: Selecting,
+        caches: Sequence[NeuronCache | None],
     ) -> None:
         self.config = config
         weights = Weights(file, config)
@@ -49,7 +56,7 @@ class Decoder:
                 weights.norm("attention_norm", config.d_model, i),
                 AttentionLayer(config, weights, i),
                 weights.norm(ffn_norm, config.d_model, i),
-                FfnLayer(file, file.group(i), streamer, mode),
+                FfnLayer(file, file.group(i), streamer, selecting, caches[i]),
             )
             for i in range(len(config.layers))
         ]
@@ -59,9 +66,9 @@ class Decoder:
         """How many token ids there are."""
         return int(self._embed.shape[0])
 
-    def new_cache(self) -> list[LayerCache]:
-        """An empty key/value cache."""
-        return [layer.attention.new_cache() for layer in self._layers]
+    def new_cache(self, tokens: int = 16) -> list[LayerCache]:
+        """An empty key/value cache, with room for that many tokens."""
+        return [layer.attention.new_cache(tokens) for layer in self._layers]
 
     def forward(self, ids: Sequence[int], cache: list[LayerCache]) -> Floats:
         """Hidden states float32 [tokens, width of the head] of tokens that follow the cache."""

@@ -3,9 +3,8 @@
 y = sum over neurons i of  down_i * act(gate_i . x) * (up_i . x)     with a gate
                            down_i * act(up_i . x)                    without
 
-The selector is the part that the activation is applied to: `gate`, or `up` without a gate. In
-mode `exact` it is held in DRAM and says which neurons are active; only their bundles are read,
-and of those only what is not in DRAM.
+Tokens made one at a time go through the neuron cache, where there is one: what it holds is
+computed while the rest is being read into it. Everything else is streamed past it.
 """
 
 from __future__ import annotations
@@ -16,17 +15,24 @@ from contextlib import suppress
 import numpy as np
 from numpy.typing import NDArray
 
-from bundlefmt.errors import BundleError, FormatError, UsageError
+from bundlefmt.errors import BundleError, FormatError
 from bundlefmt.file import BundleFile
+from bundlefmt.flash.cache import NeuronCache
 from bundlefmt.layout.header import Group, Part
 from bundlefmt.reader import Bundles, Pending, Reader
 from bundlefmt.runtime import kernels
 from bundlefmt.runtime.kernels import Floats
+from bundlefmt.runtime.selection import (
+    Dense,
+    Exact,
+    Ids,
+    Selected,
+    Selecting,
+    Selection,
+    TopK,
+    check,
+)
 from bundlefmt.storage.buffers import aligned_empty
-
-MODES = ("dense", "exact")
-
-Ids = NDArray[np.int64]
 
 # Bytes of bundles in flight, and as many being computed. Large enough for several reads per
 # thread; small beside any model.
@@ -72,71 +78,142 @@ class Streamer:
 
 
 class FfnLayer:
-    """One layer's FFN, computed from the bundle file."""
+    """One layer's FFN, computed from the bundle file. Raises UsageError for a mode that the layer
+    cannot be computed in."""
 
-    def __init__(self, file: BundleFile, group: Group, streamer: Streamer, mode: str) -> None:
-        self._parts = {part.name: part for part in group.parts}
+    def __init__(
+        self,
+        file: BundleFile,
+        group: Group,
+        streamer: Streamer,
+        selecting: Selecting,
+        cache: NeuronCache | None = None,
+    ) -> None:
+        self._parts: dict[str, Part] = {part.name: part for part in group.parts}
         if not self._parts.keys() >= {"up", "down"}:
             raise FormatError(
                 "an FFN needs up and down", field=group.label, found=", ".join(sorted(self._parts))
             )
         self.group = group
+        self.cache = cache
         self._streamer = streamer
-        self._act = kernels.activation(group)
         order = file.order(group)
         self._all: Ids = np.arange(group.neurons) if order is None else order.astype(np.int64)
-        self._biases = {part.name: _bias(file, group, part) for part in group.parts}
-        self._resident = {
-            part.name: file.resident_part(group, part.name)
+        self._act = kernels.activation(group)
+        biases: dict[str, Floats | None] = {
+            part.name: _bias(file, group, part) for part in group.parts
+        }
+        self._output_bias = biases.pop("down")
+        self._neuron_biases = {name: bias for name, bias in biases.items() if bias is not None}
+        self._resident: dict[str, kernels.Part] = {
+            part.name: kernels.Part(
+                file.resident_part(group, part.name), part.encoding, biases[part.name]
+            )
             for part in group.parts
             if part.resident is not None
         }
         self._selector = group.parts[0]
         self._gated = self._selector.name == "gate"
         self._known: NDArray[np.uint8] | None = None  # first bytes of every bundle, if in DRAM
-        self._held = self._hold_selector() if mode == "exact" else None
+        self._select = self._selection(selecting)
+        self._slot_biases = {
+            name: np.zeros(0 if cache is None else cache.rows.shape[0], dtype=np.float32)
+            for name in self._neuron_biases
+        }
 
     def __call__(self, x: Floats) -> Floats:
         """x [tokens, d_model] -> float32 [tokens, d_model]."""
-        ids, active = (self._all, None) if self._held is None else self._active(x, self._held)
+        selected = self._select(x)
+        if self.cache is not None and x.shape[0] == 1:
+            y = self._through_cache(x, selected, self.cache)
+        else:
+            y = self._streamed(x, selected)
+        return y if self._output_bias is None else y + self._output_bias
+
+    def _through_cache(self, x: Floats, selected: Selected, cache: NeuronCache) -> Floats:
+        admission = cache.admit(selected.ids)
+        missing = selected.ids[admission.missing]
+        pending = self._streamer.reader.submit(
+            self.group.layer,
+            missing,
+            expert=self.group.expert,
+            out=cache.rows,
+            rows=admission.missing_slots,
+            known=self._known,
+        )
+        held = _some(selected, admission.held)
+        y = self._sum(x, held, cache.rows, admission.held_slots, self._slot_biases)
+        pending.result()
+        for name, biases in self._slot_biases.items():
+            biases[admission.missing_slots] = self._neuron_biases[name][missing]
+        cache.commit(missing, admission.missing_slots)
+        read = _some(selected, admission.missing)
+        y += self._sum(x, read, cache.rows, admission.missing_slots, self._slot_biases)
+        if admission.passed.size:
+            y += self._streamed(x, _some(selected, admission.passed))
+        return y
+
+    def _streamed(self, x: Floats, selected: Selected) -> Floats:
         y = np.zeros((x.shape[0], self.group.d_model), dtype=np.float32)
         done = 0
-        for bundles in self._streamer.bundles(self.group, ids, self._known):
-            selected = (
-                self._part(self._selector, bundles)
-                if active is None
-                else active[:, done : done + bundles.neurons.size]
-            )
-            up = self._part(self._parts["up"], bundles) if self._gated else None
-            down = self._part(self._parts["down"], bundles)
-            y += kernels.ffn(x, selected, up, down, self.group)
+        for bundles in self._streamer.bundles(self.group, selected.ids, self._known):
+            biases = {name: bias[bundles.neurons] for name, bias in self._neuron_biases.items()}
+            some = _some(selected, slice(done, done + bundles.neurons.size))
+            y += self._sum(x, some, bundles.raw, None, biases)
             done += bundles.neurons.size
-        bias = self._biases["down"]
-        return y if bias is None else y + bias
+        return y
 
-    def _active(self, x: Floats, held: NDArray[np.uint8]) -> tuple[Ids, Floats]:
-        """The neurons active for any token by the selector that is held, in the file's order, and
-        their activations."""
-        pre = kernels.matmul_encoded(x, held, self._selector.encoding)
-        bias = self._biases[self._selector.name]
-        activations = self._act(pre if bias is None else pre + bias)
-        active: NDArray[np.bool_] = np.any(activations, axis=0)
-        ids = self._all[active[self._all]]
-        return ids, activations[:, ids]
+    def _sum(
+        self,
+        x: Floats,
+        selected: Selected,
+        raw: NDArray[np.uint8],
+        rows: kernels.Rows | None,
+        biases: dict[str, Floats],
+    ) -> Floats:
+        """The sum over selected neurons whose bundles are the rows of `raw`, or those in `rows`,
+        as are their biases."""
+
+        def part(name: str) -> kernels.Part | None:
+            found = self._parts[name]
+            if found.offset is None:
+                return None
+            stored = raw[:, found.offset : found.offset + found.length]
+            return kernels.Part(stored, found.encoding, biases.get(name))
+
+        hidden: kernels.Part | Floats | None = selected.activations
+        if hidden is None:
+            hidden = part(self._selector.name) or self._act(
+                kernels.biased_products(x, self._resident[self._selector.name], selected.ids)
+            )
+        up = part("up") if self._gated else None
+        if self._gated and up is None:
+            if isinstance(hidden, kernels.Part):
+                hidden = self._act(kernels.biased_products(x, hidden, rows))
+            hidden = hidden * kernels.biased_products(x, self._resident["up"], selected.ids)
+        down = part("down")
+        assert down is not None  # the format keeps no other place for it
+        return kernels.ffn(x, hidden, up, down, self.group, rows)
+
+    def _selection(self, selecting: Selecting) -> Selection:
+        check(selecting.mode, self.group)
+        if selecting.mode == "dense":
+            return Dense(self._all)
+        selector = kernels.Part(
+            self._hold_selector(),
+            self._selector.encoding,
+            self._neuron_biases.get(self._selector.name),
+        )
+        if selecting.mode == "topk":
+            return TopK(self._all, selector, self._act, selecting.share)
+        return Exact(self._all, selector, self._act)
 
     def _hold_selector(self) -> NDArray[np.uint8]:
         """The selector in memory, uint8 [neurons, part length]; where it is bundled, it is read
         from the bundles and need not be read again."""
         part = self._selector
-        if self.group.activation not in kernels.SPARSE_ACTIVATIONS:
-            raise UsageError(
-                "mode exact needs an activation with exact zeros: use mode dense",
-                field=self.group.label,
-                expected=", ".join(kernels.SPARSE_ACTIVATIONS),
-                found=self.group.activation,
-            )
         if part.offset is None:
-            return self._resident[part.name]
+            return self._resident[part.name].stored
         if part.offset:
             raise FormatError("selector not at the bundle's start", field=self.group.label)
         held = np.empty((self.group.neurons, part.length), dtype=np.uint8)
@@ -145,16 +222,10 @@ class FfnLayer:
         self._known = held
         return held
 
-    def _part(self, part: Part, bundles: Bundles) -> kernels.Part:
-        """A part of those bundles' neurons, as it is stored."""
-        if part.offset is None:
-            stored = self._resident[part.name][bundles.neurons]
-        else:
-            stored = bundles.raw[:, part.offset : part.offset + part.length]
-        bias = self._biases[part.name]
-        if bias is None or part.name == "down":  # the bias of `down` is one per output
-            return kernels.Part(stored, part.encoding, None)
-        return kernels.Part(stored, part.encoding, bias[bundles.neurons])
+
+def _some(selected: Selected, which: Ids | slice) -> Selected:
+    activations = selected.activations
+    return Selected(selected.ids[which], None if activations is None else activations[:, which])
 
 
 def _bias(file: BundleFile, group: Group, part: Part) -> Floats | None:

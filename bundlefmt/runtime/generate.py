@@ -14,11 +14,15 @@ from numpy.typing import NDArray
 
 from bundlefmt.errors import FormatError, UsageError, naming
 from bundlefmt.file import BundleFile
+from bundlefmt.flash.budget import Budget
 from bundlefmt.reader import Reader
 from bundlefmt.runtime import kernels
+from bundlefmt.runtime.attention import LayerCache
 from bundlefmt.runtime.config import decoder_config, eos_of
 from bundlefmt.runtime.decoder import Decoder
-from bundlefmt.runtime.ffn import MODES, Streamer
+from bundlefmt.runtime.ffn import Streamer
+from bundlefmt.runtime.memory import Caches, Caching, make_caches, plan
+from bundlefmt.runtime.selection import Selecting
 from bundlefmt.storage.backends import DEFAULT_QUEUE_DEPTH, DEFAULT_THREADS
 
 
@@ -49,23 +53,38 @@ class Model:
         self,
         path: str | os.PathLike[str],
         *,
-        mode: str,
+        selecting: Selecting,
+        caching: Caching | None,
         backend: str,
         verify: bool,
         threads: int,
         queue_depth: int,
     ) -> None:
-        if mode not in MODES:
-            raise UsageError("unknown mode", field="mode", expected=", ".join(MODES), found=mode)
-        self.mode = mode
+        self.mode = selecting.mode
+        self.budget: Budget | None = None
         with ExitStack() as stack, naming(path):
             self.file = stack.enter_context(BundleFile(path))
             config = decoder_config(self.file.config, len(self.file.groups))
             self._eos = config.eos | _eos(self.file)
+            self._tokens: int | None = None  # that the budget is for
+            caches = Caches([None] * len(self.file.groups), None)
+            if caching is not None:
+                self._tokens = caching.tokens_of(config)
+                self.budget = plan(self.file, config, selecting, caching)
+                caches = make_caches(self.budget, self.file.groups, caching)
+            self.caches = caches.groups
             self.reader: Reader = stack.enter_context(
-                self.file.reader(backend, verify=verify, threads=threads, queue_depth=queue_depth)
+                self.file.reader(
+                    backend,
+                    verify=verify,
+                    threads=threads,
+                    queue_depth=queue_depth,
+                    memory=caches.memory,
+                )
             )
-            self.decoder = Decoder(config, self.file, Streamer(self.reader), mode)
+            self.decoder = Decoder(
+                config, self.file, Streamer(self.reader), selecting, caches.groups
+            )
             self._open = stack.pop_all()
 
     def __enter__(self) -> Model:
@@ -79,8 +98,8 @@ class Model:
         self._open.close()
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """float32 [tokens, vocabulary]; nothing is cached between calls."""
-        return self.decoder.logits(self.decoder.forward(ids, self.decoder.new_cache()))
+        """float32 [tokens, vocabulary]; keys and values are not kept between calls."""
+        return self.decoder.logits(self.decoder.forward(ids, self._new_cache(len(ids))))
 
     def generate(
         self,
@@ -104,11 +123,24 @@ class Model:
             )
         # The last token that is made is never itself an input.
         tokens = self.decoder.check(ids, len(ids) + max(max_new_tokens - 1, 0))
-        return self._made(tokens, max_new_tokens, sampling or Sampling())
+        cache = self._new_cache(len(ids) + max(max_new_tokens - 1, 0))
+        return self._made(tokens, max_new_tokens, sampling or Sampling(), cache)
 
-    def _made(self, ids: list[int], max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
+    def _new_cache(self, tokens: int) -> list[LayerCache]:
+        """Room for the keys and values of that many tokens."""
+        if self._tokens is not None and tokens > self._tokens:
+            raise UsageError(
+                "a longer text than the memory was divided for",
+                field="tokens",
+                expected=f"at most {self._tokens}",
+                found=tokens,
+            )
+        return self.decoder.new_cache(tokens)
+
+    def _made(
+        self, ids: list[int], max_new_tokens: int, sampling: Sampling, cache: list[LayerCache]
+    ) -> Iterator[int]:
         random = np.random.default_rng(sampling.seed)
-        cache = self.decoder.new_cache()
         context = ids
         for _ in range(max_new_tokens):
             hidden = self.decoder.forward(context, cache)
@@ -123,6 +155,11 @@ def load_model(
     path: str | os.PathLike[str],
     *,
     mode: str = "dense",
+    share: float = 0.3,
+    memory: int | None = None,
+    policy: str = "lru",
+    window: int | None = None,
+    tokens: int | None = None,
     backend: str = "auto",
     verify: bool = True,
     threads: int = DEFAULT_THREADS,
@@ -132,15 +169,24 @@ def load_model(
     """The model in a bundle file, ready to compute.
 
     `dense` streams every neuron; `exact`, for ReLU-like activations, reads only bundles whose
-    activation is not zero, and gives the same tokens. `threads` and `queue_depth` are the reader's
-    (`BundleFile.reader`); `compute_threads`, where given, becomes the process's number of threads
-    to compute with (`kernels.set_threads`). Raises UsageError for a model or mode that
-    cannot be computed, FormatError for a damaged file.
+    activation is not zero, and gives the same tokens; `topk` takes each token's strongest neurons,
+    a `share` of them, and is an approximation. With `memory`, in bytes, the process keeps within
+    it, and what is left of it holds neurons from token to token (`policy`, `window`, `tokens`: see
+    `Caching`). `threads` and `queue_depth` are the reader's (`BundleFile.reader`);
+    `compute_threads`, where given, becomes the process's number of threads to compute with
+    (`kernels.set_threads`). Raises UsageError for a model, mode or memory that cannot be,
+    FormatError for a damaged file.
     """
     if compute_threads is not None:
         kernels.set_threads(compute_threads)
     return Model(
-        path, mode=mode, backend=backend, verify=verify, threads=threads, queue_depth=queue_depth
+        path,
+        selecting=Selecting(mode, share),
+        caching=None if memory is None else Caching(memory, policy, window, tokens),
+        backend=backend,
+        verify=verify,
+        threads=threads,
+        queue_depth=queue_depth,
     )
 
 

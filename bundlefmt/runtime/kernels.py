@@ -20,6 +20,7 @@ from bundlefmt.layout.header import Group
 from bundlefmt.native import CPUS, core
 
 Floats = NDArray[np.float32]
+Rows = NDArray[np.int64]
 ActivationFunction = Callable[[Floats], Floats]
 
 _SQRT_HALF = np.float32(0.7071067811865476)
@@ -44,7 +45,7 @@ def set_threads(count: int) -> None:
 
 
 class Part(NamedTuple):
-    """One part of some neurons: uint8 [n, bytes of a vector] in an encoding, biases [n]."""
+    """One part of some neurons: uint8 [rows, bytes of a vector] in an encoding, biases [rows]."""
 
     stored: NDArray[np.uint8]
     encoding: str
@@ -61,24 +62,35 @@ def matmul(x: Floats, weight: NDArray[Any]) -> Floats:
     return _matmul_by_blocks(x, weight, widened)
 
 
-def matmul_encoded(x: Floats, stored: NDArray[np.uint8], encoding: str) -> Floats:
-    """`matmul` with a weight in an encoding, uint8 [m, bytes of a row]; block encodings are
-    decoded some rows at a time."""
+def matmul_encoded(
+    x: Floats, stored: NDArray[np.uint8], encoding: str, rows: Rows | None = None
+) -> Floats:
+    """`matmul` with a weight in an encoding, uint8 [m, bytes of a row], or with some of its rows;
+    block encodings are decoded some rows at a time."""
     if _native(x):
-        return _products(x, stored, encoding)
+        return _products(x, stored, encoding, rows)
+    if rows is not None:
+        stored = stored[rows]
     if ENCODINGS[encoding].dtype is not None:
         return matmul(x, numbers_in(stored, encoding))
     return _matmul_by_blocks(x, stored, lambda rows: numbers_in(rows, encoding))
 
 
-def ffn(x: Floats, selected: Part | Floats, up: Part | None, down: Part, group: Group) -> Floats:
+def ffn(
+    x: Floats,
+    selected: Part | Floats,
+    up: Part | None,
+    down: Part,
+    group: Group,
+    rows: Rows | None = None,
+) -> Floats:
     """Sum over neurons of down * act(selector . x) * (up . x): float32 [tokens, d_model]; without
-    `up`, no such factor. `selected` is the selector, or act(selector . x) [tokens, n] where that
-    is known."""
+    `up`, no such factor. The neurons are the parts' rows, or those of them in `rows`. `selected`
+    is the selector, or act(selector . x) [tokens, n] where that is known."""
     if _native(x):
         y: Floats = core.ffn(
             np.ascontiguousarray(x),
-            None,
+            rows,
             core.Part(*selected) if isinstance(selected, Part) else None,
             up and core.Part(*up),
             core.Part(*down),
@@ -89,15 +101,19 @@ def ffn(x: Floats, selected: Part | Floats, up: Part | None, down: Part, group: 
         )
         return y
     if isinstance(selected, Part):
-        selected = activation(group)(_biased_products(x, selected))
+        selected = activation(group)(biased_products(x, selected, rows))
     if up is not None:
-        selected = selected * _biased_products(x, up)
-    return weighted_sum(selected, numbers_in(down.stored, down.encoding))
+        selected = selected * biased_products(x, up, rows)
+    stored = down.stored if rows is None else down.stored[rows]
+    return weighted_sum(selected, numbers_in(stored, down.encoding))
 
 
-def _biased_products(x: Floats, part: Part) -> Floats:
-    product = matmul_encoded(x, part.stored, part.encoding)
-    return product if part.bias is None else product + part.bias
+def biased_products(x: Floats, part: Part, rows: Rows | None = None) -> Floats:
+    """part . x + bias of the part's rows, or of those in `rows`: float32 [tokens, n]."""
+    product = matmul_encoded(x, part.stored, part.encoding, rows)
+    if part.bias is None:
+        return product
+    return product + (part.bias if rows is None else part.bias[rows])
 
 
 def _native(x: Floats) -> bool:
@@ -105,9 +121,11 @@ def _native(x: Floats) -> bool:
     return core is not None and x.shape[0] <= _NATIVE_TOKENS
 
 
-def _products(x: Floats, stored: NDArray[np.uint8], encoding: str) -> Floats:
+def _products(
+    x: Floats, stored: NDArray[np.uint8], encoding: str, rows: Rows | None = None
+) -> Floats:
     product: Floats = core.products(
-        np.ascontiguousarray(x), core.Part(stored, encoding), threads=_threads
+        np.ascontiguousarray(x), core.Part(stored, encoding), rows, _threads
     )
     return product
 

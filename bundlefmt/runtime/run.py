@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from bundlefmt.file import BundleFile
 from bundlefmt.reader import ReadStats
 from bundlefmt.runtime.generate import Model, Sampling, load_model
 from bundlefmt.runtime.text import Tokenizer
 from bundlefmt.storage.backends import DEFAULT_QUEUE_DEPTH, DEFAULT_THREADS
+from bundlefmt.storage.device import resident_memory
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ def run(
     max_new_tokens: int = 64,
     *,
     mode: str = "dense",
+    share: float = 0.3,
+    memory: int | None = None,
+    policy: str = "lru",
+    window: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
@@ -64,17 +69,24 @@ def run(
     """
     start = time.perf_counter()
     sampling = Sampling(temperature, top_p, seed)
+    with BundleFile(path) as file:  # first, since it is part of the process that is budgeted for
+        tokenizer = Tokenizer(file)
+    ids = tokenizer.encode(prompt)
     with load_model(
         path,
         mode=mode,
+        share=share,
+        memory=memory,
+        policy=policy,
+        window=window,
+        tokens=len(ids) + max(max_new_tokens, 1),
         backend=backend,
         verify=verify,
         threads=threads,
         queue_depth=queue_depth,
         compute_threads=compute_threads,
     ) as model:
-        tokenizer = Tokenizer(model.file)
-        generation = _Timed(model, tokenizer.encode(prompt), max_new_tokens, sampling)
+        generation = _Timed(model, ids, max_new_tokens, sampling)
         load_seconds = time.perf_counter() - start
         text = ""
         for piece in tokenizer.pieces(generation):
@@ -136,7 +148,7 @@ class _Timed:
             read_amplification=whole.read_amplification,
             io_seconds=whole.seconds,
             compute_seconds=self._seconds - whole.seconds,
-            peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_memory=resident_memory(peak=True),
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,16 @@ def available_memory() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return total_memory()
+
+
+def resident_memory(peak: bool = False) -> int:
+    """Bytes of this process that are in memory, or the most that ever were. (What getrusage calls
+    the peak includes the parent's memory at the fork.)"""
+    wanted = "VmHWM:" if peak else "VmRSS:"
+    for line in _lines("/proc/self/status"):
+        if line.startswith(wanted):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def cpu_features() -> list[str]:

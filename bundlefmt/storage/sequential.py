@@ -13,7 +13,7 @@ from bundlefmt.storage.backends import Backend, Batch, Requests
 from bundlefmt.storage.buffers import aligned_empty
 
 PIECE = 8 << 20
-_REQUEST = 1 << 20  # a piece is read as several: a device serves them side by side
+_REQUEST = 1 << 20  # long reads are parted: a device serves the parts side by side
 
 
 class Sequential:
@@ -34,7 +34,7 @@ class Sequential:
         try:
             for turn, start in enumerate(range(offset, offset + length, step)):
                 out = self._buffer(turn % 2, min(step, offset + length - start))
-                pending.append((start, out, self._backend.submit(_requests(out, start))))
+                pending.append((start, out, self._backend.submit(spanning(out, start))))
                 if turn:
                     yield self._arrived(pending)
             while pending:
@@ -57,7 +57,8 @@ class Sequential:
         return start, out
 
 
-def _requests(out: NDArray[np.uint8], offset: int) -> Requests:
+def spanning(out: NDArray[np.uint8], offset: int) -> Requests:
+    """The requests that fill contiguous memory with what lies from an offset on."""
     starts = np.arange(0, out.nbytes, _REQUEST)
     bounds = np.arange(starts.size + 1)
     return Requests(out, offset + starts, bounds, starts, np.diff(starts, append=out.nbytes))

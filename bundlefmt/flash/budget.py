@@ -1,0 +1,61 @@
+"""How a process's memory is divided: what it cannot do without, and the neuron cache from what is
+left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from bundlefmt.errors import UsageError
+from bundlefmt.layout.header import Group
+
+_SLACK = 16 << 20  # what allocators keep, and tables too small to be counted
+_SLACK_SHARE = 100  # and one part in so many of the limit
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a model cannot do without, in bytes: the process before it is loaded, resident tensors,
+    selectors and predictors, keys and values, and buffers."""
+
+    process: int
+    resident: int
+    selectors: int
+    kv_cache: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit divided, in bytes; `slots` is the neuron cache's, per group."""
+
+    limit: int
+    needs: Needs
+    slack: int
+    cache: int
+    slots: tuple[int, ...]
+
+
+def divide(limit: int, needs: Needs, groups: Sequence[Group]) -> Budget:
+    """Give the neuron cache what is left of the limit, each group its share by the bytes of its
+    neurons. Raises UsageError when the limit is too small, with the smallest that works."""
+    slack = _SLACK + limit // _SLACK_SHARE
+    left = limit - needs.total - slack
+    if left < 0:
+        least = (needs.total + _SLACK) * _SLACK_SHARE // (_SLACK_SHARE - 1) + 1
+        raise UsageError(
+            "too little memory for this model",
+            field="memory",
+            expected=f"at least {least} bytes",
+            found=limit,
+        )
+    all_bytes = sum(group.bundles.length for group in groups)
+    share = min(left / all_bytes, 1.0) if all_bytes else 0.0
+    slots = tuple(int(group.neurons * share) for group in groups)
+    cache = sum(n * group.stride for n, group in zip(slots, groups, strict=True))
+    return Budget(limit, needs, slack, cache, slots)

@@ -1,0 +1,123 @@
+"""What a model needs of memory besides the neuron cache, and the caches that a budget affords."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bundlefmt.errors import UsageError
+from bundlefmt.file import BundleFile
+from bundlefmt.flash.budget import Budget, Needs, divide
+from bundlefmt.flash.cache import NeuronCache
+from bundlefmt.flash.policies import Lfu, Lru, Policy, Window
+from bundlefmt.layout.header import Group
+from bundlefmt.runtime.config import DecoderConfig
+from bundlefmt.runtime.ffn import CHUNK_BYTES
+from bundlefmt.runtime.selection import Selecting
+from bundlefmt.storage.buffers import aligned_empty
+from bundlefmt.storage.device import resident_memory
+
+POLICIES = ("lru", "lfu", "window")
+
+_TABLE_BYTES = 32  # per neuron: its checksum, its places in file and cache, its bias
+_TOKENS = 2048  # of the longest text, where neither the caller nor the model says
+
+
+@dataclass(frozen=True)
+class Caching:
+    """A process's memory in bytes, and how the neuron cache uses what is left of it: `policy` is
+    one of POLICIES, `window` that of policy window, `tokens` the longest text, prompt included
+    (None: the model's context, at most 2048). Raises UsageError for what cannot be."""
+
+    memory: int
+    policy: str = "lru"
+    window: int | None = None
+    tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise UsageError(
+                "unknown policy", field="policy", expected=", ".join(POLICIES), found=self.policy
+            )
+        if (self.policy == "window") != (self.window is not None):
+            raise UsageError(
+                "a window belongs to policy window, and policy window needs one",
+                field="window",
+                found=self.window,
+            )
+        if self.window is not None and self.window < 1:
+            raise UsageError("no window", field="window", expected="1 or more", found=self.window)
+
+    def tokens_of(self, config: DecoderConfig) -> int:
+        """The longest text that the budget is for."""
+        return self.tokens or min(config.context or _TOKENS, _TOKENS)
+
+    def new_policy(self, slots: int) -> Policy:
+        """The policy of one group's cache."""
+        if self.window is not None:
+            return Window(slots, self.window)
+        return Lfu(slots) if self.policy == "lfu" else Lru(slots)
+
+
+class Caches(NamedTuple):
+    """The neuron cache of each group, None where there is none, and the memory of them all."""
+
+    groups: Sequence[NeuronCache | None]
+    memory: NDArray[np.uint8] | None
+
+
+def plan(file: BundleFile, config: DecoderConfig, selecting: Selecting, caching: Caching) -> Budget:
+    """How the memory is divided. Raises UsageError when it is too little."""
+    return divide(
+        caching.memory, needs(file, config, selecting, caching.tokens_of(config)), file.groups
+    )
+
+
+def needs(file: BundleFile, config: DecoderConfig, selecting: Selecting, tokens: int) -> Needs:
+    """What the model needs to make a text of that many tokens, prompt included. The process is
+    measured as it is now."""
+    groups = file.groups
+    resident = sum(
+        tensor.data.decoded_length or tensor.data.length for tensor in file.header.tensors
+    )
+    parts = sum(
+        group.neurons * part.length
+        for group in groups
+        for part in group.parts
+        if part.resident is not None
+    )
+    selectors = sum(
+        group.neurons * group.parts[0].length
+        for group in groups
+        if selecting.holds_selector and group.parts[0].resident is None
+    )
+    widest = max(group.neurons for group in groups)
+    activations = tokens * 4 * (4 * config.d_model + 2 * widest)
+    return Needs(
+        process=resident_memory(),
+        resident=resident + parts,
+        selectors=selectors,
+        kv_cache=sum(tokens * 8 * layer.kv_heads * config.head_dim for layer in config.layers),
+        buffers=2 * CHUNK_BYTES
+        + activations
+        + _TABLE_BYTES * sum(group.neurons for group in groups),
+    )
+
+
+def make_caches(budget: Budget, groups: Sequence[Group], caching: Caching) -> Caches:
+    """The caches that a budget affords. They are pieces of one memory, which a reader can
+    register."""
+    memory = aligned_empty(budget.cache)
+    caches: list[NeuronCache | None] = []
+    start = 0
+    for group, slots in zip(groups, budget.slots, strict=True):
+        end = start + slots * group.stride
+        rows = memory[start:end].reshape(slots, group.stride)
+        made = NeuronCache(group.neurons, rows, caching.new_policy(slots)) if slots else None
+        caches.append(made)
+        start = end
+    return Caches(caches, memory)

@@ -1,0 +1,116 @@
+"""Which neurons of a layer a token needs: one class per mode, one entry in
+MODES.
+
+The selector is the part that the activation is applied to: `gate`, or `up` without a gate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bundlefmt.errors import UsageError
+from bundlefmt.layout.header import Group
+from bundlefmt.runtime import kernels
+from bundlefmt.runtime.kernels import Floats
+
+Ids = NDArray[np.int64]
+
+MODES = ("dense", "exact", "topk")
+
+
+@dataclass(frozen=True)
+class Selecting:
+    """A mode, and the share of the neurons that mode topk takes. Raises UsageError for a mode
+    that there is not and a share that cannot be."""
+
+    mode: str = "dense"
+    share: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UsageError(
+                "unknown mode", field="mode", expected=", ".join(MODES), found=self.mode
+            )
+        if not 0 < self.share <= 1:
+            raise UsageError(
+                "out of range", field="share", expected="above 0, at most 1", found=self.share
+            )
+
+    @property
+    def holds_selector(self) -> bool:
+        """Whether the mode keeps every neuron's selector in DRAM."""
+        return self.mode != "dense"
+
+
+class Selected(NamedTuple):
+    """Neurons, and their activations [tokens, n] where they are known by now."""
+
+    ids: Ids
+    activations: Floats | None
+
+
+class Selection(Protocol):
+    """Chooses neurons for tokens x [tokens, d_model], in the order in which the file has them."""
+
+    def __call__(self, x: Floats) -> Selected: ...
+
+
+class Dense:
+    """All of them."""
+
+    def __init__(self, order: Ids) -> None:
+        self._all = Selected(order, None)
+
+    def __call__(self, x: Floats) -> Selected:
+        return self._all
+
+
+class Exact:
+    """Those whose activation is not zero for every token, by the selector itself."""
+
+    def __init__(self, order: Ids, selector: kernels.Part, act: kernels.ActivationFunction) -> None:
+        self._order = order
+        self._selector = selector
+        self._act = act
+
+    def __call__(self, x: Floats) -> Selected:
+        activations = self._kept(self._act(kernels.biased_products(x, self._selector)))
+        active: NDArray[np.bool_] = np.any(activations, axis=0)
+        ids = self._order[active[self._order]]
+        return Selected(ids, activations[:, ids])
+
+    def _kept(self, activations: Floats) -> Floats:
+        return activations
+
+
+class TopK(Exact):
+    """Each token's strongest neurons, a `share` of them, by the selector itself (CATS, arXiv
+    2404.08763; TEAL, arXiv 2408.14690): an approximation."""
+
+    def __init__(
+        self, order: Ids, selector: kernels.Part, act: kernels.ActivationFunction, share: float
+    ) -> None:
+        super().__init__(order, selector, act)
+        self._beaten = order.size - max(round(share * order.size), 1)
+
+    def _kept(self, activations: Floats) -> Floats:
+        if self._beaten > 0:
+            strengths = np.abs(activations)
+            weakest = np.partition(strengths, self._beaten, axis=1)[:, self._beaten, None]
+            activations[strengths < weakest] = 0
+        return activations
+
+
+def check(mode: str, group: Group) -> None:
+    """Raise UsageError unless the group can be computed in that mode."""
+    if mode == "exact" and group.activation not in kernels.SPARSE_ACTIVATIONS:
+        raise UsageError(
+            "mode exact needs an activation with exact zeros: use mode dense or topk",
+            field=group.label,
+            expected=", ".join(kernels.SPARSE_ACTIVATIONS),
+            found=group.activation,
+        )

@@ -1,0 +1,140 @@
+"""The neuron cache against a plain model of it: what it holds is what its policy says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from bundlefmt.errors import UsageError
+from bundlefmt.flash.cache import Admission, NeuronCache
+from bundlefmt.flash.policies import Lfu, Lru, Policy, Window
+from bundlefmt.runtime.memory import POLICIES, Caching
+
+NEURONS = 40
+MAKERS: dict[str, Callable[[int], Policy]] = {
+    "lru": Lru,
+    "lfu": Lfu,
+    "window": lambda slots: Window(slots, 2),
+}
+policies = pytest.mark.parametrize("policy", MAKERS)
+tokens = st.lists(st.sets(st.integers(0, NEURONS - 1), max_size=20), max_size=30)
+
+
+def new_cache(slots: int, policy: str = "lru") -> NeuronCache:
+    return NeuronCache(NEURONS, np.zeros((slots, 8), dtype=np.uint8), MAKERS[policy](slots))
+
+
+def content_of(neurons: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """What stands for these neurons' bundles."""
+    return np.repeat(neurons[:, None], 8, axis=1).astype(np.uint8)
+
+
+def use(cache: NeuronCache, *neurons: int) -> Admission:
+    """One token: ask, read what is missing, say so."""
+    ids = np.array(sorted(neurons), dtype=np.int64)
+    admission = cache.admit(ids)
+    missing = ids[admission.missing]
+    cache.rows[admission.missing_slots] = content_of(missing)
+    cache.commit(missing, admission.missing_slots)
+    return admission
+
+
+@policies
+@given(asked=tokens, slots=st.integers(1, 25))
+@settings(max_examples=50, deadline=None)
+def test_every_neuron_of_a_token_is_held_missing_or_passed(
+    policy: str, asked: list[set[int]], slots: int
+) -> None:
+    cache = new_cache(slots, policy)
+    for neurons in asked:
+        ids = np.array(sorted(neurons), dtype=np.int64)
+        found = use(cache, *neurons)
+        together = np.concatenate([found.held, found.missing, found.passed])
+        assert sorted(together.tolist()) == list(range(ids.size))
+        assert (cache.rows[found.held_slots] == content_of(ids[found.held])).all()
+        used = np.concatenate([found.held_slots, found.missing_slots])
+        assert np.unique(used).size == used.size <= slots
+        assert cache.neurons.size <= slots
+        assert found.passed.size == max(ids.size - slots, 0)
+
+
+@given(asked=tokens, slots=st.integers(20, 25))
+@settings(max_examples=50, deadline=None)
+def test_lru_holds_the_latest_tokens_neurons(asked: list[set[int]], slots: int) -> None:
+    cache = new_cache(slots)
+    for neurons in asked:
+        use(cache, *neurons)
+    latest: set[int] = set()
+    for neurons in reversed(asked):
+        if len(latest | neurons) > slots:
+            break
+        latest |= neurons
+    assert latest <= set(cache.neurons.tolist())
+
+
+@given(asked=tokens)
+@settings(max_examples=50, deadline=None)
+def test_a_window_with_room_holds_its_tokens_neurons_and_no_others(asked: list[set[int]]) -> None:
+    cache = new_cache(NEURONS, "window")
+    for neurons in asked:
+        use(cache, *neurons)
+    assert set(cache.neurons.tolist()) == set().union(*asked[-3:])  # the last and two before it
+
+
+def test_lfu_holds_what_is_used_often() -> None:
+    cache = new_cache(3, "lfu")
+    for other in range(10, 20):
+        use(cache, 1, 2)
+        use(cache, other)
+    assert {1, 2} <= set(cache.neurons.tolist())
+
+
+def test_a_read_that_fails_leaves_no_neuron_in_its_slot() -> None:
+    cache = new_cache(2)
+    use(cache, 1, 2)
+    cache.admit(np.array([3, 4]))  # and never committed
+    assert cache.neurons.size == 0
+    assert use(cache, 1).missing.size == 1
+
+
+def test_a_neuron_in_use_is_never_evicted_for_another_of_the_same_token() -> None:
+    cache = new_cache(3)
+    use(cache, 1, 2, 3)
+    found = use(cache, 1, 4, 5, 6)
+    assert (found.held.size, found.missing.size, found.passed.size) == (1, 2, 1)
+    assert 1 in cache.neurons
+
+
+def test_the_counters_add_up() -> None:
+    cache = new_cache(2)
+    use(cache, 1, 2)
+    use(cache, 2, 3, 4)
+    stats = cache.stats
+    assert (stats.hits, stats.misses, stats.evictions, stats.passed) == (1, 4, 1, 1)
+    assert stats.hit_rate == 1 / 5
+    assert new_cache(1).stats.hit_rate == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"policy": "random"}, "policy"),
+        ({"policy": "window"}, "window"),
+        ({"policy": "window", "window": 0}, "window"),
+        ({"policy": "lru", "window": 4}, "window"),
+    ],
+)
+def test_a_policy_that_cannot_be_is_refused(settings: dict[str, object], field: str) -> None:
+    with pytest.raises(UsageError, match=field):
+        Caching(1 << 30, **settings)  # type: ignore[arg-type]
+
+
+def test_every_policy_can_be_asked_for() -> None:
+    for name in POLICIES:
+        caching = Caching(1 << 30, name, window=3 if name == "window" else None)
+        assert caching.new_policy(4).name == name

@@ -1,0 +1,149 @@
+"""A memory limit holds, and changes nothing in what a model says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import bundlefmt
+from bundlefmt.errors import UsageError
+from bundlefmt.flash.budget import Needs, divide
+from bundlefmt.runtime import memory as memory_of
+from bundlefmt.runtime.generate import Model
+from bundlefmt.runtime.memory import POLICIES
+from tests.conftest import FIXTURES
+
+PLENTY = 1 << 40
+PROMPT = [1, 2, 3, 4, 5]
+
+
+@pytest.fixture(autouse=True)
+def steady_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every load finds a process of the same size, whatever the tests before it have left."""
+    monkeypatch.setattr(memory_of, "resident_memory", lambda: 100 << 20)
+
+
+def least_memory(path: Path, **options: Any) -> int:
+    """The smallest limit that the refusal of a smaller one names."""
+    with pytest.raises(UsageError, match="too little memory") as refused:
+        bundlefmt.load_model(path, memory=1, **options)
+    (found,) = re.findall(r"at least (\d+) bytes", str(refused.value))
+    return int(found)
+
+
+def cached(path: Path, memory: int, **options: Any) -> Model:
+    return bundlefmt.load_model(path, memory=memory, tokens=64, **options)
+
+
+def text(path: Path, **options: Any) -> list[int]:
+    with bundlefmt.load_model(path, **options) as model:
+        return model.generate(PROMPT, 24)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("mode", ["dense", "exact"])
+def test_every_policy_gives_the_same_text(demo_bundle: Path, mode: str, policy: str) -> None:
+    window = 2 if policy == "window" else None
+    options = {"mode": mode, "tokens": 64, "policy": policy, "window": window}
+    some = least_memory(demo_bundle, **options) + (1 << 20)
+    expected = text(demo_bundle)
+    for memory in (some, PLENTY):
+        assert text(demo_bundle, memory=memory, **options) == expected
+
+
+@pytest.mark.parametrize("resident", [None, "gate", "up"])
+def test_parts_in_dram_and_neurons_in_the_cache_meet(tmp_path: Path, resident: str | None) -> None:
+    path = tmp_path / "llama.bundle"
+    bundlefmt.pack(FIXTURES / "llama", path, resident=resident)
+    with bundlefmt.load_model(path) as model:
+        expected = model.logits(PROMPT)
+    for mode in ("dense", "topk"):
+        with cached(path, PLENTY, mode=mode, share=1.0) as model:
+            found = step_by_step(model, PROMPT)
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+            assert sum(cache.stats.hits for cache in model.caches if cache) > 0
+
+
+def step_by_step(model: Model, ids: list[int]) -> Any:
+    """The logits of tokens that are fed one at a time."""
+    seen = model.decoder.new_cache()
+    hidden = [model.decoder.forward([token], seen) for token in ids]
+    return model.decoder.logits(np.concatenate(hidden))
+
+
+def test_a_cache_that_holds_all_reads_each_neuron_once(demo_bundle: Path) -> None:
+    with cached(demo_bundle, PLENTY, mode="exact") as model:
+        before = model.reader.stats.bundles
+        step_by_step(model, PROMPT)
+        read = model.reader.stats.bundles - before
+        held = sum(cache.neurons.size for cache in model.caches if cache)
+        assert read == held > 0
+        step_by_step(model, PROMPT)
+        assert model.reader.stats.bundles == before + read
+
+
+def test_a_limit_with_no_room_for_a_cache_still_computes(demo_bundle: Path) -> None:
+    memory = least_memory(demo_bundle, mode="exact", tokens=64)
+    with cached(demo_bundle, memory + (1 << 16), mode="exact") as model:
+        assert model.budget is not None
+        assert model.budget.cache < 1 << 20
+        assert model.generate(PROMPT, 24) == text(demo_bundle)
+
+
+def test_topk_of_all_neurons_is_dense_and_of_some_reads_less(small_bundle: Path) -> None:
+    with bundlefmt.load_model(small_bundle) as model:
+        expected = model.logits(PROMPT)
+    with bundlefmt.load_model(small_bundle, mode="topk", share=1.0) as model:
+        np.testing.assert_allclose(model.logits(PROMPT), expected, rtol=1e-4, atol=1e-5)
+    with bundlefmt.load_model(small_bundle, mode="topk", share=0.25) as model:
+        neurons = model.file.groups[0].neurons
+        before = model.reader.stats.bundles
+        model.logits([1])
+        assert model.reader.stats.bundles - before == 2 * round(neurons / 4)
+
+
+@pytest.mark.parametrize("share", [0, -1, 1.5, float("nan")])
+def test_a_share_that_cannot_be_is_refused(small_bundle: Path, share: float) -> None:
+    with pytest.raises(UsageError, match="share"):
+        bundlefmt.load_model(small_bundle, mode="topk", share=share)
+
+
+def test_a_longer_text_than_was_divided_for_is_refused(demo_bundle: Path) -> None:
+    with (
+        bundlefmt.load_model(demo_bundle, memory=PLENTY, tokens=8) as model,
+        pytest.raises(UsageError, match="at most 8"),
+    ):
+        model.generate(PROMPT, 5)
+
+
+def test_what_is_left_of_a_limit_goes_to_the_groups_by_their_bytes(demo_bundle: Path) -> None:
+    with bundlefmt.open(demo_bundle) as file:
+        groups = file.groups
+    all_bytes = sum(group.bundles.length for group in groups)
+    limit = 1 << 30
+    slack = divide(limit, Needs(0, 0, 0, 0, 0), groups).slack
+    for left in (0, all_bytes // 3, all_bytes, 2 * all_bytes):
+        budget = divide(limit, Needs(1, 2, 3, 4, limit - slack - left - 10), groups)
+        assert budget.cache <= left
+        assert budget.needs.total + budget.slack + budget.cache <= budget.limit
+        for slots, group in zip(budget.slots, groups, strict=True):
+            assert abs(slots - group.neurons * min(left / all_bytes, 1)) <= 1
+
+
+def test_the_process_keeps_within_its_limit(demo_bundle: Path) -> None:
+    command = [sys.executable, "-m", "bundlefmt", "run", str(demo_bundle), "--prompt", "ROMEO:"]
+    command += ["--mode", "exact", "--json", "--memory"]
+    refused = subprocess.run([*command, "1M"], capture_output=True, text=True, env=os.environ)
+    (least,) = re.findall(r"at least (\d+) bytes", refused.stderr)
+    memory = int(least) + (2 << 20)
+    done = subprocess.run([*command, str(memory)], capture_output=True, text=True, check=True)
+    report = json.loads(done.stdout)
+    assert report["peak_memory"] <= memory
