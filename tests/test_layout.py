@@ -434,6 +434,7 @@ STOREYS = (
     {"errors"},
     {"native"},
     {"layout"},
+    {"kernels"},
     {"storage"},
     {"reader"},
     {"file"},

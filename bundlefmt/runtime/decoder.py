@@ -6,13 +6,13 @@ import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from bundlefmt import kernels
 from bundlefmt.errors import UsageError
 from bundlefmt.file import BundleFile
-from bundlefmt.runtime import kernels
+from bundlefmt.kernels import Floats
 from bundlefmt.runtime.attention import AttentionLayer, LayerCache
 from bundlefmt.runtime.config import DecoderConfig
 from bundlefmt.runtime.ffn import FfnLayer, Streamer
-from bundlefmt.runtime.kernels import Floats
 from bundlefmt.runtime.weights import Norm, Weights
 
 

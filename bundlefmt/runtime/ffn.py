@@ -16,12 +16,12 @@ from contextlib import suppress
 import numpy as np
 from numpy.typing import NDArray
 
+from bundlefmt import kernels
 from bundlefmt.errors import BundleError, FormatError, UsageError
 from bundlefmt.file import BundleFile
+from bundlefmt.kernels import Floats
 from bundlefmt.layout.header import Group, Part
 from bundlefmt.reader import Bundles, Pending, Reader
-from bundlefmt.runtime import kernels
-from bundlefmt.runtime.kernels import Floats
 from bundlefmt.storage.buffers import aligned_empty
 
 MODES = ("dense", "exact")
