@@ -89,10 +89,15 @@ def ffn(x: Floats, selected: Part | Floats, up: Part | None, down: Part, group: 
         )
         return y
     if isinstance(selected, Part):
-        selected = activation(group)(_biased_products(x, selected))
+        selected = activations(x, selected, group)
     if up is not None:
         selected = selected * _biased_products(x, up)
     return weighted_sum(selected, numbers_in(down.stored, down.encoding))
+
+
+def activations(x: Floats, selector: Part, group: Group) -> Floats:
+    """act(selector . x), float32 [tokens, n]."""
+    return activation(group)(_biased_products(x, selector))
 
 
 def _biased_products(x: Floats, part: Part) -> Floats:

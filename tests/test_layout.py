@@ -438,10 +438,11 @@ STOREYS = (
     {"storage"},
     {"reader"},
     {"file"},
+    {"flash"},
     {"checkpoints"},
     {"convert"},
     {"runtime"},
-    {"measurement", "diagnosis", "demonstration", "inspection"},
+    {"measurement", "diagnosis", "demonstration", "inspection", "prediction"},
     {"cli"},
     {"__init__", "__main__"},  # the facade: names from everywhere, imported when first used
 )
@@ -492,7 +493,7 @@ def test_imports_only_go_down(name: str) -> None:
 
 
 def test_tools_of_one_storey_do_not_lean_on_each_other() -> None:
-    tools = {"measurement", "diagnosis", "demonstration", "inspection"}
+    tools = {"measurement", "diagnosis", "demonstration", "inspection", "prediction"}
     for name in MODULES:
         storey = name.split(".")[0]
         assert storey not in tools or not storeys_below(name) & (tools - {storey}), name

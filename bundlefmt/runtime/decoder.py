@@ -12,7 +12,7 @@ from bundlefmt.file import BundleFile
 from bundlefmt.kernels import Floats
 from bundlefmt.runtime.attention import AttentionLayer, LayerCache
 from bundlefmt.runtime.config import DecoderConfig
-from bundlefmt.runtime.ffn import FfnLayer, Streamer
+from bundlefmt.runtime.ffn import FfnLayer, Observer, Streamer
 from bundlefmt.runtime.weights import Norm, Weights
 
 
@@ -58,6 +58,11 @@ class Decoder:
     def vocabulary(self) -> int:
         """How many token ids there are."""
         return int(self._embed.shape[0])
+
+    def observe(self, observer: Observer | None) -> None:
+        """From now on tell `observer` of every FFN's inputs and activations."""
+        for layer in self._layers:
+            layer.ffn.observer = observer
 
     def new_cache(self) -> list[LayerCache]:
         """An empty key/value cache."""

@@ -10,7 +10,7 @@ and of those only what is not in DRAM.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import numpy as np
@@ -27,6 +27,9 @@ from bundlefmt.storage.buffers import aligned_empty
 MODES = ("dense", "exact")
 
 Ids = NDArray[np.int64]
+
+# Told of an FFN's inputs x [tokens, d_model] and activations [tokens, neurons].
+Observer = Callable[[Group, Floats, Floats], None]
 
 # Bytes of bundles in flight, and as many being computed. Large enough for several reads per
 # thread; small beside any model.
@@ -82,10 +85,11 @@ class FfnLayer:
             )
         self.group = group
         self._streamer = streamer
+        self.observer: Observer | None = None
         self._act = kernels.activation(group)
         order = file.order(group)
         self._all: Ids = np.arange(group.neurons) if order is None else order.astype(np.int64)
-        self._biases = {part.name: _bias(file, group, part) for part in group.parts}
+        self._biases = {part.name: file.bias(group, part.name) for part in group.parts}
         self._resident = {
             part.name: file.resident_part(group, part.name)
             for part in group.parts
@@ -100,6 +104,9 @@ class FfnLayer:
         """x [tokens, d_model] -> float32 [tokens, d_model]."""
         ids, active = (self._all, None) if self._held is None else self._active(x, self._held)
         y = np.zeros((x.shape[0], self.group.d_model), dtype=np.float32)
+        seen = None
+        if self.observer is not None:
+            seen = np.zeros((x.shape[0], self.group.neurons), dtype=np.float32)
         done = 0
         for bundles in self._streamer.bundles(self.group, ids, self._known):
             selected = (
@@ -107,10 +114,16 @@ class FfnLayer:
                 if active is None
                 else active[:, done : done + bundles.neurons.size]
             )
+            if seen is not None:
+                if isinstance(selected, kernels.Part):
+                    selected = kernels.activations(x, selected, self.group)
+                seen[:, bundles.neurons] = selected
             up = self._part(self._parts["up"], bundles) if self._gated else None
             down = self._part(self._parts["down"], bundles)
             y += kernels.ffn(x, selected, up, down, self.group)
             done += bundles.neurons.size
+        if self.observer is not None and seen is not None:
+            self.observer(self.group, x, seen)
         bias = self._biases["down"]
         return y if bias is None else y + bias
 
@@ -155,14 +168,3 @@ class FfnLayer:
         if bias is None or part.name == "down":  # the bias of `down` is one per output
             return kernels.Part(stored, part.encoding, None)
         return kernels.Part(stored, part.encoding, bias[bundles.neurons])
-
-
-def _bias(file: BundleFile, group: Group, part: Part) -> Floats | None:
-    """The part's biases: one per neuron (gate, up) or per output (down)."""
-    if part.bias is None:
-        return None
-    bias = kernels.widened(file.tensor(part.bias))
-    if part.name == "down":
-        return bias
-    start = part.source.start if part.source is not None else 0
-    return bias[start : start + group.neurons]

@@ -1,0 +1,1 @@
+"""The paper's method: which neurons a token needs, and how few of them are read."""
