@@ -13,7 +13,7 @@ from bundlefmt.errors import UsageError
 from bundlefmt.file import BundleFile
 from bundlefmt.flash.predictor import Predictor, Quality, check_rank, read_selector
 from bundlefmt.flash.traces import Trace, new_trace
-from bundlefmt.flash.training import Training, require_torch, train
+from bundlefmt.flash.training import Training, require_torch, train, trained_tokens
 from bundlefmt.layout.header import Group
 from bundlefmt.layout.header import Predictor as PredictorEntry
 from bundlefmt.runtime.generate import load_model
@@ -21,7 +21,7 @@ from bundlefmt.runtime.text import Tokenizer
 
 RANK = 128
 RECALL = 0.95
-EPOCHS = 4
+EPOCHS = 2
 _WINDOW = 512  # tokens that see each other, as in a run of that length
 
 
@@ -138,24 +138,25 @@ def train_predictors(
         )
     if bool(last_layers) != (last_rank is not None):
         raise UsageError("last-layers and last-rank go together", field="last-rank")
-    ranks = [rank] * (len(layers) - last_layers) + [last_rank or rank] * last_layers
+    ranks = [rank] * (len(layers) - last_layers) + [
+        rank if last_rank is None else last_rank
+    ] * last_layers
     settings = [Training(layer_rank, recall, epochs) for layer_rank in ranks]
     trained: dict[int, tuple[Predictor, Quality]] = {}
     with BundleFile(path) as file, file.reader() as reader:
         groups = _traced_groups(file, recorded)
         for group, setting in zip(groups, settings, strict=True):
             check_rank(setting.rank, group.d_model)
-        done = 0
-        progress(done, epochs * len(layers))
+        done, total = 0, epochs * len(layers) * trained_tokens(recorded.info.tokens)
 
-        def on_epoch() -> None:
+        def advance(tokens: int) -> None:
             nonlocal done
-            done += 1
-            progress(done, epochs * len(layers))
+            done += tokens
+            progress(done, total)
 
         for index, (group, setting) in enumerate(zip(groups, settings, strict=True)):
             selector = read_selector(file, reader, group)
-            trained[group.layer] = train(recorded.layer(index), selector, setting, on_epoch)
+            trained[group.layer] = train(recorded.layer(index), selector, setting, advance)
     tensors = {
         _name(layer, matrix): getattr(predictor, matrix)
         for layer, (predictor, _) in trained.items()

@@ -8,10 +8,11 @@ import pytest
 
 import bundlefmt
 from bundlefmt.checkpoints.families import FAMILIES
-from bundlefmt.cli import COMMANDS, arguments, bench, pack, run
+from bundlefmt.cli import COMMANDS, arguments, bench, pack, run, train_predictors
 from bundlefmt.convert.plan import DTYPES
 from bundlefmt.layout.planner import ALIGNMENTS
 from bundlefmt.measurement import DEFAULT_SIZE
+from bundlefmt.prediction import EPOCHS, RANK, RECALL
 from bundlefmt.runtime.config import _DECODERS
 from bundlefmt.runtime.ffn import MODES
 from bundlefmt.storage.backends import CHOICES, DEFAULT_QUEUE_DEPTH, DEFAULT_THREADS
@@ -29,11 +30,13 @@ def test_the_command_line_offers_what_the_package_has() -> None:
     assert arguments.THREADS == DEFAULT_THREADS
     assert arguments.QUEUE_DEPTH == DEFAULT_QUEUE_DEPTH
     assert bench.SIZE == DEFAULT_SIZE
+    assert (train_predictors.RANK, train_predictors.RECALL) == (RANK, RECALL)
+    assert train_predictors.EPOCHS == EPOCHS
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_a_function_and_in_the_readme(command: str) -> None:
-    assert callable(getattr(bundlefmt, command))
+    assert callable(getattr(bundlefmt, command.replace("-", "_")))
     assert f"bundlefmt {command}" in README
 
 

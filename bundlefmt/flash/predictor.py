@@ -209,4 +209,4 @@ def _constant(inputs: Floats) -> Floats:
 
 
 def _tiny(outputs: Floats) -> np.float32:
-    return np.float32(np.finfo(np.float16).tiny) * (1 + np.abs(outputs).max())
+    return np.float32(np.finfo(np.float16).tiny * (1 + float(np.abs(outputs).max())))

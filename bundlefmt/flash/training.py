@@ -61,9 +61,10 @@ def train(
     trace: LayerTrace,
     selector: Selector,
     training: Training,
-    on_epoch: Callable[[], None] = lambda: None,
+    advance: Callable[[int], None] = lambda tokens: None,
 ) -> tuple[Predictor, Quality]:
     """A layer's predictor in float16, and how well it does on the held-out part of the trace.
+    `advance` is told of tokens as they are trained on, each once in every epoch.
 
     Raises UsageError for a rank out of range, a trace too short, or PyTorch not installed.
     """
@@ -73,7 +74,7 @@ def train(
         raise UsageError(
             "too few tokens to train on", expected=f"{_FEWEST_TOKENS} or more", found=tokens
         )
-    seen = np.arange(round(tokens * (1 - _HELD_OUT)))
+    seen = np.arange(trained_tokens(tokens))
     held_out = np.arange(seen.size, tokens)
     start = seen[:: -(-seen.size // _START_TOKENS)]
     predictor = untrained(selector, _inputs(trace, start), training.rank, training.recall)
@@ -81,10 +82,15 @@ def train(
         torch.nn.Parameter(torch.from_numpy(m.astype(np.float32)))
         for m in (predictor.a, predictor.b)
     )
-    _fit(torch, a, b, trace, seen, training, on_epoch)
+    _fit(torch, a, b, trace, seen, training, advance)
     predictor = Predictor(_stored(a), _stored(b), 0.5)
     predictor = calibrated(predictor, samples(trace, held_out), training.recall)
     return predictor, quality(predictor, samples(trace, held_out))
+
+
+def trained_tokens(tokens: int) -> int:
+    """How many of a trace's tokens are trained on; the others are held out."""
+    return round(tokens * (1 - _HELD_OUT))
 
 
 def samples(trace: LayerTrace, tokens: NDArray[np.int64]) -> Iterator[Sample]:
@@ -112,7 +118,7 @@ def _fit(
     trace: LayerTrace,
     tokens: NDArray[np.int64],
     training: Training,
-    on_epoch: Callable[[], None],
+    advance: Callable[[int], None],
 ) -> None:
     """Gradient descent on a and b."""
     active, pairs = trace.info.active, trace.inputs.shape[0] * trace.info.neurons
@@ -134,7 +140,7 @@ def _fit(
             loss.backward()
             optimizer.step()
             schedule.step()
-        on_epoch()
+            advance(batch.size)
 
 
 def _inputs(trace: LayerTrace, tokens: NDArray[np.int64]) -> Floats:
