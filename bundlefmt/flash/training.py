@@ -33,7 +33,7 @@ _HELD_OUT = 0.1  # of the tokens: the last ones, whose text the training has not
 _FEWEST_TOKENS = 100
 _START_TOKENS = 4096  # that the untrained predictor is made from
 _BATCH = 256  # tokens
-_RATE, _DECAY = 1e-3, 0.01
+_RATE, _DECAY = 3e-3, 0.01
 _MOST_WEIGHT = 10.0
 _SEED = 1
 
