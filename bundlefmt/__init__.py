@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from bundlefmt.file import BundleFile as BundleFile
     from bundlefmt.inspection import inspect as inspect
     from bundlefmt.measurement import bench as bench
+    from bundlefmt.prediction import trace as trace
+    from bundlefmt.prediction import train_predictors as train_predictors
     from bundlefmt.runtime.generate import load_model as load_model
     from bundlefmt.runtime.run import run as run
 
@@ -48,6 +50,8 @@ _HOMES = {
     "load_model": "runtime.generate",
     "pack": "convert.pack",
     "run": "runtime.run",
+    "trace": "prediction",
+    "train_predictors": "prediction",
     "unpack": "convert.unpack",
     "verify": "convert.verify",
 }

@@ -165,6 +165,17 @@ class BundleFile:
         data = self.region(part.resident, f"{group.label}, {name}")
         return np.frombuffer(data, dtype=np.uint8).reshape(group.neurons, part.length)
 
+    def bias(self, group: Group, name: str) -> NDArray[np.float32] | None:
+        """A part's biases: one per neuron (gate, up) or per output (down); None without any."""
+        part = group.part(name)
+        if part is None or part.bias is None:
+            return None
+        bias: NDArray[np.float32] = self.tensor(part.bias).astype(np.float32)
+        if name == "down":
+            return bias
+        start = part.source.start if part.source is not None else 0
+        return bias[start : start + group.neurons]
+
     def checksums(self, group: Group) -> NDArray[np.uint64]:
         """The group's table: xxh3-64 of each bundle over its stride, by slot of the region."""
         data = self.region(group.checksums, f"{group.label}, checksums")

@@ -24,6 +24,14 @@ def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def demo_traces(demo_bundle: Path) -> Path:
+    """A trace of the demo model, beside its bundle file."""
+    path = demo_bundle.with_suffix(".traces")
+    bundlefmt.trace(demo_bundle, DEMO / "README.md", path, max_tokens=200)
+    return path
+
+
+@pytest.fixture(scope="session")
 def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The `llama` fixture (gated, f32, 2 layers), packed. Read it, do not change it."""
     path = tmp_path_factory.mktemp("small") / "llama.bundle"

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from tests.conftest import DEMO, FIXTURES, ROOT, VECTORS
 
 BAD = VECTORS / "bad"
 REFUSALS: dict[str, dict[str, str]] = json.loads((BAD / "errors.json").read_text())
+TEXT = DEMO / "README.md"
 PROMPT = ["--prompt", "ROMEO:", "--max-new-tokens", "4"]
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
 
@@ -49,7 +51,8 @@ def is_one_line(text: str) -> bool:
     return text.endswith("\n") and text[:-1].isprintable() and len(text) > 1
 
 
-# Commands on the demo model; {demo} is its bundle file, {tmp} an empty folder.
+# Commands on the demo model; {demo} is its bundle file, {copy} one that may change, {traces} its
+# trace, {tmp} an empty folder.
 WORK: dict[str, list[str]] = {
     "pack": ["pack", str(DEMO), "-o", "{tmp}/new.bundle"],
     "pack, dry": ["pack", str(DEMO), "-o", "{tmp}/new.bundle", "--dry-run"],
@@ -59,6 +62,8 @@ WORK: dict[str, list[str]] = {
     "unpack": ["unpack", "{demo}", "-o", "{tmp}/files"],
     "run, dense": ["run", "{demo}", *PROMPT],
     "run, exact": ["run", "{demo}", *PROMPT, "--mode", "exact", "--backend", "buffered"],
+    "trace": ["trace", "{demo}", "--text", str(TEXT), "-o", "{tmp}/traces", "--max-tokens", "9"],
+    "train-predictors": ["train-predictors", "{copy}", "--traces", "{traces}", "--rank", "4"],
     "bench": ["bench", "{demo}", "--threads", "2", "--backend", "buffered"],
     "bench, device": ["bench", "--dir", "{tmp}", "--size", "1M", "--chunk-size", "4K,16K"],
     "doctor": ["doctor", "--dir", "{tmp}"],
@@ -68,10 +73,22 @@ WORK: dict[str, list[str]] = {
 
 def filled(args: list[str], demo: Path, tmp: Path) -> list[str]:
     """The arguments with their places filled in."""
-    return [arg.format(demo=demo, tmp=tmp) for arg in args]
+    copy, traces = tmp / "copy.bundle", demo.with_suffix(".traces")
+    if "{copy}" in args:
+        shutil.copy(demo, copy)
+    return [arg.format(demo=demo, copy=copy, traces=traces, tmp=tmp) for arg in args]
 
 
-@pytest.mark.parametrize("work", WORK)
+def tried(work: str) -> pytest.ParameterSet | str:
+    """A test's parameter: the work, skipped where it needs what is not installed."""
+    if work == "train-predictors" and find_spec("torch") is None:
+        reason = "needs PyTorch: pip install '.[train]'"
+        return pytest.param(work, marks=pytest.mark.skip(reason=reason))
+    return work
+
+
+@pytest.mark.parametrize("work", list(map(tried, WORK)))
+@pytest.mark.usefixtures("demo_traces")
 def test_every_command_tells_a_person_how_it_went(
     demo_bundle: Path, tmp_path: Path, work: str
 ) -> None:
@@ -81,7 +98,8 @@ def test_every_command_tells_a_person_how_it_went(
     assert not done.stdout.lstrip().startswith("{")
 
 
-@pytest.mark.parametrize("work", WORK)
+@pytest.mark.parametrize("work", list(map(tried, WORK)))
+@pytest.mark.usefixtures("demo_traces")
 def test_json_is_one_object_and_nothing_else(demo_bundle: Path, tmp_path: Path, work: str) -> None:
     done = bundlefmt(*filled(WORK[work], demo_bundle, tmp_path), "--json")
     assert (done.returncode, done.stderr) == (0, "")
@@ -131,7 +149,7 @@ def test_help_is_there_for_every_command(args: list[str]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: bundlefmt")
     if not args:
-        assert all(f"\n    {command} " in done.stdout for command in COMMANDS)
+        assert all(re.search(rf"\n    {command}\s", done.stdout) for command in COMMANDS)
 
 
 def test_the_version_is_the_packages() -> None:
@@ -172,6 +190,11 @@ MISUSE: dict[str, list[str]] = {
     "no such part": ["pack", str(DEMO), "-o", "{tmp}/new.bundle", "--resident", "gate"],
     "a negative temperature": ["run", "{demo}", *PROMPT, "--temperature", "-1"],
     "a top-p of two": ["run", "{demo}", *PROMPT, "--top-p", "2"],
+    "no such text": ["trace", "{demo}", "--text", "{tmp}/missing.txt"],
+    "no text": ["trace", "{demo}", "--text", "/dev/null", "-o", "{tmp}/traces"],
+    "no tokens of a text": ["trace", "{demo}", "--text", str(TEXT), "--max-tokens", "0"],
+    "no folder for a trace": ["trace", "{demo}", "--text", str(TEXT), "-o", "{tmp}/missing/traces"],
+    "no such trace": ["train-predictors", "{demo}", "--traces", "{tmp}/missing"],
     "fewer than no tokens": ["run", "{demo}", "--prompt", "A", "--max-new-tokens", "-1"],
 }
 

@@ -8,11 +8,12 @@ import pytest
 
 import bundlefmt
 from bundlefmt.checkpoints.families import FAMILIES
-from bundlefmt.cli import COMMANDS, arguments, bench, pack, run
+from bundlefmt.cli import COMMANDS, arguments, bench, pack, run, train_predictors
 from bundlefmt.convert.plan import DTYPES
 from bundlefmt.layout.planner import ALIGNMENTS
 from bundlefmt.measurement import DEFAULT_SIZE
 from bundlefmt.measurement.reads import DEFAULT_BATCH, ORDERS
+from bundlefmt.prediction import EPOCHS, RANK, RECALL
 from bundlefmt.runtime.config import _DECODERS
 from bundlefmt.runtime.memory import POLICIES
 from bundlefmt.runtime.selection import MODES
@@ -34,11 +35,13 @@ def test_the_command_line_offers_what_the_package_has() -> None:
     assert arguments.BATCH == DEFAULT_BATCH
     assert arguments.ORDERS == ORDERS
     assert bench.SIZE == DEFAULT_SIZE
+    assert (train_predictors.RANK, train_predictors.RECALL) == (RANK, RECALL)
+    assert train_predictors.EPOCHS == EPOCHS
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_a_function_and_in_the_readme(command: str) -> None:
-    assert callable(getattr(bundlefmt, command))
+    assert callable(getattr(bundlefmt, command.replace("-", "_")))
     assert f"bundlefmt {command}" in README
 
 

@@ -14,9 +14,8 @@ import pytest
 import xxhash
 from numpy.typing import NDArray
 
-from bundlefmt import native
+from bundlefmt import kernels, native
 from bundlefmt.layout.encodings import ENCODINGS, numbers_in
-from bundlefmt.runtime import kernels
 
 core = native.core
 needs_core = pytest.mark.skipif(core is None, reason=f"no native core: {native.reason}")

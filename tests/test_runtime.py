@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 import bundlefmt
-from bundlefmt.runtime import kernels
+from bundlefmt import kernels
 from bundlefmt.runtime.attention import AttentionLayer
 from bundlefmt.runtime.config import decoder_config
 from bundlefmt.runtime.ffn import FfnLayer, Streamer

@@ -8,9 +8,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from bundlefmt import kernels
 from bundlefmt.layout import constants, dtypes, header, superblock
 from bundlefmt.layout.encodings import ENCODINGS
-from bundlefmt.runtime import kernels
 from tests.conftest import ROOT, VECTORS
 from tools import make_spec, make_vectors
 

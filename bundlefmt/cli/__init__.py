@@ -16,7 +16,18 @@ from typing import NoReturn
 from bundlefmt import __version__
 from bundlefmt.errors import BundleError, UsageError, printable
 
-COMMANDS = ("pack", "inspect", "verify", "unpack", "run", "demo", "bench", "doctor")
+COMMANDS = (
+    "pack",
+    "inspect",
+    "verify",
+    "unpack",
+    "run",
+    "trace",
+    "train-predictors",
+    "demo",
+    "bench",
+    "doctor",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"bundlefmt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
-        module = importlib.import_module(f"bundlefmt.cli.{name}")
+        module = importlib.import_module(f"bundlefmt.cli.{name.replace('-', '_')}")
         command = commands.add_parser(name, help=module.HELP, description=module.HELP)
         module.add_arguments(command)
         command.set_defaults(run=module.run)

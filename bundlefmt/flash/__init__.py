@@ -1,1 +1,2 @@
-"""The method of "LLM in a flash" (arXiv 2312.11514): what stays in DRAM, and what it costs."""
+"""The method of "LLM in a flash" (arXiv 2312.11514): which neurons a token needs, and which of them
+stay in DRAM."""

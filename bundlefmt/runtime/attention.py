@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from bundlefmt.runtime import kernels
+from bundlefmt import kernels
+from bundlefmt.kernels import Floats
 from bundlefmt.runtime.config import Attention, DecoderConfig, Rope
-from bundlefmt.runtime.kernels import Floats
 from bundlefmt.runtime.weights import Linear, Norm, Weights
 
 _QUERIES = 256  # tokens of a prompt whose scores are in memory at once

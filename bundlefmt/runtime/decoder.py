@@ -6,14 +6,14 @@ import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from bundlefmt import kernels
 from bundlefmt.errors import UsageError
 from bundlefmt.file import BundleFile
 from bundlefmt.flash.cache import NeuronCache
-from bundlefmt.runtime import kernels
+from bundlefmt.kernels import Floats
 from bundlefmt.runtime.attention import AttentionLayer, LayerCache
 from bundlefmt.runtime.config import DecoderConfig
-from bundlefmt.runtime.ffn import FfnLayer, Streamer
-from bundlefmt.runtime.kernels import Floats
+from bundlefmt.runtime.ffn import FfnLayer, Observer, Streamer
 from bundlefmt.runtime.selection import Selecting
 from bundlefmt.runtime.weights import Norm, Weights
 
@@ -65,6 +65,11 @@ class Decoder:
     def vocabulary(self) -> int:
         """How many token ids there are."""
         return int(self._embed.shape[0])
+
+    def observe(self, observer: Observer | None) -> None:
+        """From now on tell `observer` of every FFN's inputs and activations."""
+        for layer in self._layers:
+            layer.ffn.observer = observer
 
     def new_cache(self, tokens: int = 16) -> list[LayerCache]:
         """An empty key/value cache, with room for that many tokens."""

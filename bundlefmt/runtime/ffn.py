@@ -9,19 +9,19 @@ computed while the rest is being read into it. Everything else is streamed past 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bundlefmt import kernels
 from bundlefmt.errors import BundleError, FormatError
 from bundlefmt.file import BundleFile
 from bundlefmt.flash.cache import NeuronCache
+from bundlefmt.kernels import Floats
 from bundlefmt.layout.header import Group, Part
 from bundlefmt.reader import Bundles, Pending, Reader
-from bundlefmt.runtime import kernels
-from bundlefmt.runtime.kernels import Floats
 from bundlefmt.runtime.selection import (
     Dense,
     Exact,
@@ -33,6 +33,9 @@ from bundlefmt.runtime.selection import (
     check,
 )
 from bundlefmt.storage.buffers import aligned_empty
+
+# Told of an FFN's inputs x [tokens, d_model] and activations [tokens, neurons].
+Observer = Callable[[Group, Floats, Floats], None]
 
 # Bytes of bundles in flight, and as many being computed. Large enough for several reads per
 # thread; small beside any model.
@@ -97,11 +100,12 @@ class FfnLayer:
         self.group = group
         self.cache = cache
         self._streamer = streamer
+        self.observer: Observer | None = None
         order = file.order(group)
         self._all: Ids = np.arange(group.neurons) if order is None else order.astype(np.int64)
         self._act = kernels.activation(group)
         biases: dict[str, Floats | None] = {
-            part.name: _bias(file, group, part) for part in group.parts
+            part.name: file.bias(group, part.name) for part in group.parts
         }
         self._output_bias = biases.pop("down")
         self._neuron_biases = {name: bias for name, bias in biases.items() if bias is not None}
@@ -124,7 +128,7 @@ class FfnLayer:
     def __call__(self, x: Floats) -> Floats:
         """x [tokens, d_model] -> float32 [tokens, d_model]."""
         selected = self._select(x)
-        if self.cache is not None and x.shape[0] == 1:
+        if self.cache is not None and x.shape[0] == 1 and self.observer is None:
             y = self._through_cache(x, selected, self.cache)
         else:
             y = self._streamed(x, selected)
@@ -155,12 +159,20 @@ class FfnLayer:
 
     def _streamed(self, x: Floats, selected: Selected) -> Floats:
         y = np.zeros((x.shape[0], self.group.d_model), dtype=np.float32)
+        seen = None
+        if self.observer is not None:
+            seen = np.zeros((x.shape[0], self.group.neurons), dtype=np.float32)
         done = 0
         for bundles in self._streamer.bundles(self.group, selected.ids, self._known):
             biases = {name: bias[bundles.neurons] for name, bias in self._neuron_biases.items()}
             some = _some(selected, slice(done, done + bundles.neurons.size))
+            if seen is not None:
+                some = self._activated(x, some, bundles.raw, biases)
+                seen[:, bundles.neurons] = some.activations
             y += self._sum(x, some, bundles.raw, None, biases)
             done += bundles.neurons.size
+        if self.observer is not None and seen is not None:
+            self.observer(self.group, x, seen)
         return y
 
     def _sum(
@@ -195,6 +207,21 @@ class FfnLayer:
         assert down is not None  # the format keeps no other place for it
         return kernels.ffn(x, hidden, up, down, self.group, rows)
 
+    def _activated(
+        self, x: Floats, selected: Selected, raw: NDArray[np.uint8], biases: dict[str, Floats]
+    ) -> Selected:
+        """The selected neurons, whose bundles are the rows of `raw`, with their activations."""
+        if selected.activations is not None:
+            return selected
+        part = self._selector
+        if part.offset is None:
+            pre = kernels.biased_products(x, self._resident[part.name], selected.ids)
+        else:
+            stored = raw[:, part.offset : part.offset + part.length]
+            held = kernels.Part(stored, part.encoding, biases.get(part.name))
+            pre = kernels.biased_products(x, held)
+        return Selected(selected.ids, self._act(pre))
+
     def _selection(self, selecting: Selecting) -> Selection:
         check(selecting.mode, self.group)
         if selecting.mode == "dense":
@@ -226,14 +253,3 @@ class FfnLayer:
 def _some(selected: Selected, which: Ids | slice) -> Selected:
     activations = selected.activations
     return Selected(selected.ids[which], None if activations is None else activations[:, which])
-
-
-def _bias(file: BundleFile, group: Group, part: Part) -> Floats | None:
-    """The part's biases: one per neuron (gate, up) or per output (down)."""
-    if part.bias is None:
-        return None
-    bias = kernels.widened(file.tensor(part.bias))
-    if part.name == "down":
-        return bias
-    start = part.source.start if part.source is not None else 0
-    return bias[start : start + group.neurons]

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bundlefmt import kernels
 from bundlefmt.errors import FormatError, UsageError, naming
 from bundlefmt.file import BundleFile
 from bundlefmt.flash.budget import Budget
 from bundlefmt.reader import Reader
-from bundlefmt.runtime import kernels
 from bundlefmt.runtime.attention import LayerCache
 from bundlefmt.runtime.config import decoder_config, eos_of
 from bundlefmt.runtime.decoder import Decoder

@@ -12,10 +12,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from bundlefmt import kernels
 from bundlefmt.errors import UsageError
+from bundlefmt.kernels import Floats
 from bundlefmt.layout.header import Group
-from bundlefmt.runtime import kernels
-from bundlefmt.runtime.kernels import Floats
 
 Ids = NDArray[np.int64]
 

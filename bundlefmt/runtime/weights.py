@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from bundlefmt import kernels
 from bundlefmt.errors import FormatError
 from bundlefmt.file import BundleFile
-from bundlefmt.runtime import kernels
 from bundlefmt.runtime.config import DecoderConfig
 
 _STORED = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))

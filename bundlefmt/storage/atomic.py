@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all.
+"""Files and folders that appear whole or not at all.
 
 Strategy: write under a temporary name in the same folder, fsync, rename, fsync the folder. The
-temporary file stays locked while its writer lives, so that whoever comes next can tell a dead
+temporary one stays locked while its writer lives, so that whoever comes next can tell a dead
 writer's leavings from a living writer's work, and removes only the former.
 """
 
@@ -32,7 +32,7 @@ def replacing(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[
     target = Path(path)
     refuse_existing(target, force=force)
     _remove_leavings(target)
-    temporary = target.with_name(f"{_prefix(target)}{os.getpid()}-{os.urandom(4).hex()}{_SUFFIX}")
+    temporary = _temporary(target)
     try:
         with temporary.open("xb", buffering=0) as file:
             # Until it is locked, another writer may take it for a dead one's and remove it: then
@@ -42,12 +42,46 @@ def replacing(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[
             os.fsync(file.fileno())
             refuse_existing(target, force=force)
             temporary.replace(target)
-        _sync_folder(target.parent)
+        _sync(target.parent)
     except OSError as error:
         raise WriteError(f"cannot write: {error.strerror}", file=target) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to fill, which takes the name `path` when the block ends well.
+
+    When the block raises, nothing is left. Raises UsageError when `path` exists or the folder that
+    it is to lie in does not, WriteError when the device refuses.
+    """
+    target = Path(path)
+    _refuse_taken(target)
+    _remove_leavings(target)
+    temporary = _temporary(target)
+    try:
+        temporary.mkdir()
+        with _locked(temporary):
+            yield temporary
+            for folder, _, names in os.walk(temporary):
+                for name in [*names, "."]:
+                    _sync(Path(folder, name))
+            _refuse_taken(target)
+            temporary.rename(target)
+        _sync(target.parent)
+    except OSError as error:
+        raise WriteError(f"cannot write: {error.strerror}", file=target) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_taken(target: Path) -> None:
+    if not target.parent.is_dir():
+        raise UsageError("no such folder", file=target.parent)
+    if target.exists():
+        raise UsageError("already there", file=target, expected="a name that is free")
 
 
 def refuse_existing(target: Path, *, force: bool) -> None:
@@ -96,9 +130,26 @@ def _remove_leavings(target: Path) -> None:
     for path in target.parent.iterdir():
         if not (path.name.startswith(_prefix(target)) and path.name.endswith(_SUFFIX)):
             continue
-        with suppress(OSError), path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+        with suppress(OSError), _locked(path):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock on a file or folder. Raises OSError when another process does."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f"{_prefix(target)}{os.getpid()}-{os.urandom(4).hex()}{_SUFFIX}")
 
 
 def _prefix(target: Path) -> str:
@@ -106,8 +157,8 @@ def _prefix(target: Path) -> str:
     return f".{os.fsdecode(os.fsencode(target.name)[:_MOST_NAME])}."
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:

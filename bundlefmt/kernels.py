@@ -108,6 +108,11 @@ def ffn(
     return weighted_sum(selected, numbers_in(stored, down.encoding))
 
 
+def activations(x: Floats, selector: Part, group: Group) -> Floats:
+    """act(selector . x), float32 [tokens, n]."""
+    return activation(group)(biased_products(x, selector))
+
+
 def biased_products(x: Floats, part: Part, rows: Rows | None = None) -> Floats:
     """part . x + bias of the part's rows, or of those in `rows`: float32 [tokens, n]."""
     product = matmul_encoded(x, part.stored, part.encoding, rows)

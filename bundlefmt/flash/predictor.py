@@ -1,0 +1,212 @@
+"""Which neurons will be active, by a low-rank product instead of the selector's rows.
+
+Neuron i is predicted active for the FFN's input x when sigmoid(b @ (a @ x))[i] > threshold (spec,
+section 4.8). Predictors are trained (`flash.training`) and lie in the bundle file, or are made
+from the selector's weights alone, which takes no training: `untrained`.
+
+Strategy of the untrained one: with inputs at hand, the best map of rank r from x to the selector's
+outputs goes through the first r principal components of those outputs. What it misses differs from
+neuron to neuron, so each neuron's score is put in units of its own error; then one threshold fits
+them all. The bias goes in without a field of its own: after a LayerNorm there is a vector u with
+u @ x = 1 for every x (nearly so for other inputs), which becomes one row of `a`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bundlefmt import kernels
+from bundlefmt.errors import UsageError
+from bundlefmt.file import BundleFile
+from bundlefmt.kernels import Floats
+from bundlefmt.layout.encodings import numbers_in
+from bundlefmt.layout.header import Group
+from bundlefmt.reader import Reader
+
+TOKENS = 512  # scored at a time: tokens x neurons of float32 are 64 MiB for 32768 neurons
+_OVERSAMPLING = 16  # of the randomised range finder (Halko, Martinsson, Tropp 2011)
+_POWER_ITERATIONS = 2
+_PROBIT = 1.702  # sigmoid(1.702 z) is the normal distribution function within 0.01
+_LEAST_ERROR = 1e-2  # of an output's deviation: keeps scores of neurons without error finite
+_RIDGE = 1e-4  # of the inputs' mean square
+_MOST_CUT = 30.0  # sigmoid(40) is 1 in float64, and nothing is above it
+_SEED = 1
+
+# Inputs x [tokens, d_model] and which neurons were active for them [tokens, neurons].
+Sample = tuple[Floats, NDArray[np.bool_]]
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """`a` [rank, d_model] and `b` [neurons, rank] of a stored float type; `threshold` in 0..1."""
+
+    a: NDArray[Any]
+    b: NDArray[Any]
+    threshold: float
+
+    @property
+    def cut(self) -> np.float32:
+        """The score that the threshold stands for: sigmoid(cut) = threshold."""
+        with np.errstate(divide="ignore"):
+            return np.float32(np.log(self.threshold) - np.log1p(-self.threshold))
+
+    def scores(self, x: Floats) -> Floats:
+        """x [tokens, d_model] -> b @ (a @ x), float32 [tokens, neurons]."""
+        return kernels.matmul(kernels.matmul(x, self.a), self.b)
+
+    def predicted(self, x: Floats) -> NDArray[np.bool_]:
+        """x [tokens, d_model] -> which neurons are predicted active, [tokens, neurons]."""
+        return self.scores(x) > self.cut
+
+    def active(self, x: Floats) -> NDArray[np.int64]:
+        """The neurons predicted active for any token of x, in ascending order."""
+        return np.flatnonzero(self.predicted(x).any(axis=0))
+
+
+class Quality(NamedTuple):
+    """How well predictions were: counts of (token, neuron) pairs."""
+
+    active: int
+    predicted: int
+    found: int  # predicted and active
+    pairs: int
+
+    @property
+    def recall(self) -> float:
+        """The share of what was active that was predicted; 1 where nothing was."""
+        return self.found / self.active if self.active else 1.0
+
+    @property
+    def precision(self) -> float:
+        """The share of what was predicted that was active; 1 where nothing was."""
+        return self.found / self.predicted if self.predicted else 1.0
+
+
+def quality(predictor: Predictor, samples: Iterable[Sample]) -> Quality:
+    """How well the predictor does on samples."""
+    counts: list[tuple[int, int, int, int]] = []
+    for x, active in samples:
+        predicted = predictor.predicted(x)
+        found = predicted & active
+        counts.append((int(active.sum()), int(predicted.sum()), int(found.sum()), active.size))
+    return Quality(*map(sum, zip(*counts, strict=True)))
+
+
+def calibrated(predictor: Predictor, samples: Iterable[Sample], recall: float) -> Predictor:
+    """The predictor with the highest threshold at which it finds a share `recall` of what is
+    active in the samples."""
+    scores = np.concatenate([predictor.scores(x)[active] for x, active in samples])
+    if not scores.size:
+        return replace(predictor, threshold=1.0)
+    missed = min(int((1 - recall) * scores.size), scores.size - 1)
+    lowest = float(np.partition(scores, missed)[missed])
+    cut = min(lowest - 1e-4 * max(abs(lowest), 1.0), _MOST_CUT)
+    with np.errstate(over="ignore"):
+        return replace(predictor, threshold=float(1 / (1 + np.exp(-np.float64(cut)))))
+
+
+def load(file: BundleFile, group: Group) -> Predictor | None:
+    """The predictor of a group that the file carries; None where none was trained."""
+    for entry in file.header.predictors:
+        if (entry.layer, entry.expert) == (group.layer, group.expert):
+            return Predictor(file.tensor(entry.a), file.tensor(entry.b), entry.threshold)
+    return None
+
+
+class Selector(NamedTuple):
+    """The part that the activation is applied to. Neuron i is active for x when
+    (weights @ x + bias)[i] > 0: weights float32 [neurons, d_model], bias [neurons]."""
+
+    weights: Floats
+    bias: Floats
+
+    def active(self, x: Floats) -> NDArray[np.bool_]:
+        """Which neurons are active for each token of x: [tokens, neurons]."""
+        active: NDArray[np.bool_] = kernels.matmul(x, self.weights) + self.bias > 0
+        return active
+
+
+def read_selector(file: BundleFile, reader: Reader, group: Group) -> Selector:
+    """The group's selector: `gate`, or `up` without a gate."""
+    part = group.parts[0]
+    if part.resident is not None:
+        stored = file.resident_part(group, part.name)
+        weights = kernels.widened(numbers_in(stored, part.encoding))
+    else:
+        weights = np.empty((group.neurons, group.d_model), dtype=np.float32)
+        step = max((8 << 20) // group.stride, 1)
+        for start in range(0, group.neurons, step):
+            ids = range(start, min(start + step, group.neurons))
+            bundles = reader.read(group.layer, ids, expert=group.expert)
+            weights[start : ids.stop] = kernels.widened(bundles.part(part.name))
+    bias = file.bias(group, part.name)
+    bias = np.zeros(group.neurons, dtype=np.float32) if bias is None else bias
+    if group.activation == "fatrelu":
+        bias = bias - np.float32(group.activation_threshold or 0.0)
+    return Selector(weights, bias)
+
+
+def untrained(selector: Selector, inputs: Floats, rank: int, recall: float) -> Predictor:
+    """A predictor of that rank from the selector's weights. `inputs` [samples, d_model] are FFN
+    inputs, or are drawn as such; the threshold finds a share `recall` of what is active for them.
+
+    Raises UsageError for a rank that is not in 2..d_model.
+    """
+    width = selector.weights.shape[1]
+    check_rank(rank, width)
+    mean = inputs.mean(axis=0)
+    outputs = kernels.matmul(inputs - mean, selector.weights)
+    basis = _principal(outputs, rank - 1)
+    a = basis.T @ selector.weights
+    misses = outputs - (outputs @ basis) @ basis.T
+    errors = np.maximum(misses.std(axis=0), _LEAST_ERROR * outputs.std(axis=0)) + _tiny(outputs)
+    middle = selector.weights @ mean + selector.bias - basis @ (a @ mean)
+    scale = (inputs @ a.T).std(axis=0) + _tiny(outputs)
+    a = np.concatenate([a / scale[:, None], [_constant(inputs)]])
+    b = np.concatenate([basis * scale, middle[:, None]], axis=1) * (_PROBIT / errors)[:, None]
+    halves = Predictor(a.astype(np.float16), b.astype(np.float16), 0.5)
+    return calibrated(halves, _sampled(selector, inputs), recall)
+
+
+def _sampled(selector: Selector, inputs: Floats) -> Iterator[Sample]:
+    for start in range(0, inputs.shape[0], TOKENS):
+        x = inputs[start : start + TOKENS]
+        yield x, selector.active(x)
+
+
+def check_rank(rank: int, d_model: int) -> None:
+    """Raise UsageError for a rank that no predictor for d_model can have."""
+    if not 2 <= rank <= d_model:
+        raise UsageError(
+            "rank out of range", field="rank", expected=f"2..{d_model} (d_model)", found=rank
+        )
+
+
+def _principal(outputs: Floats, rank: int) -> Floats:
+    """The first principal components of centred outputs: orthonormal columns [neurons, rank]."""
+    random = np.random.default_rng(_SEED)
+    columns = min(rank + _OVERSAMPLING, *outputs.shape)
+    sketch = outputs @ random.standard_normal((outputs.shape[1], columns), dtype=np.float32)
+    for _ in range(_POWER_ITERATIONS):
+        sketch = outputs @ (outputs.T @ np.linalg.qr(sketch)[0])
+    _, _, rows = np.linalg.svd(np.linalg.qr(sketch)[0].T @ outputs, full_matrices=False)
+    basis: Floats = np.zeros((outputs.shape[1], rank), dtype=np.float32)
+    basis[:, : rows.shape[0]] = rows[:rank].T
+    return basis
+
+
+def _constant(inputs: Floats) -> Floats:
+    """u with u @ x nearest to 1 over the inputs: ridge regression."""
+    products = inputs.T @ inputs
+    products[np.diag_indices_from(products)] += _RIDGE * np.trace(products) / inputs.shape[1]
+    constant: Floats = np.linalg.solve(products, inputs.sum(axis=0))
+    return constant
+
+
+def _tiny(outputs: Floats) -> np.float32:
+    return np.float32(np.finfo(np.float16).tiny * (1 + float(np.abs(outputs).max())))

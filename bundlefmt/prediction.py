@@ -1,0 +1,218 @@
+"""Predictors for a model of one's own: record a trace of it, train on the trace."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bundlefmt.convert.update import append
+from bundlefmt.errors import UsageError
+from bundlefmt.file import BundleFile
+from bundlefmt.flash.predictor import Predictor, Quality, check_rank, read_selector
+from bundlefmt.flash.traces import Trace, new_trace
+from bundlefmt.flash.training import Training, require_torch, train, trained_tokens
+from bundlefmt.layout.header import Group
+from bundlefmt.layout.header import Predictor as PredictorEntry
+from bundlefmt.runtime.generate import load_model
+from bundlefmt.runtime.text import Tokenizer
+
+RANK = 128
+RECALL = 0.95
+EPOCHS = 2
+_WINDOW = 512  # tokens that see each other, as in a run of that length
+
+
+@dataclass(frozen=True)
+class TracedActivity:
+    """The share of a layer's neurons that were active, mean over the tokens."""
+
+    layer: int
+    neurons: int
+    active_share: float
+
+
+@dataclass(frozen=True)
+class TraceReport:
+    """What was recorded, and where it lies."""
+
+    path: str
+    tokens: int
+    seconds: float
+    layers: list[TracedActivity]
+
+
+@dataclass(frozen=True)
+class TrainedLayer:
+    """How well a layer's predictor does on the part of the trace that was held out.
+    `predicted_per_active` is the number of neurons predicted, over that of those active."""
+
+    layer: int
+    rank: int
+    threshold: float
+    active_share: float
+    recall: float
+    precision: float
+    predicted_per_active: float
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """The predictors that were appended; `predictor_bytes` is what they take of memory."""
+
+    path: str
+    generation: int
+    tokens: int
+    predictor_bytes: int
+    seconds: float
+    layers: list[TrainedLayer]
+
+
+def trace(
+    path: str | os.PathLike[str],
+    text: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    max_tokens: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> TraceReport:
+    """Run a model densely over the text of a file, and record in the folder `out` (default: the
+    model's name with `.traces`) which neurons were active for each token.
+
+    Raises UsageError for a file or folder that cannot be used, a model without exact zeros, and
+    where mmap-ninja is not installed.
+    """
+    start = time.perf_counter()
+    target = Path(out) if out is not None else Path(path).with_suffix(".traces")
+    if max_tokens is not None and max_tokens < 1:
+        raise UsageError("out of range", field="max-tokens", expected="1 or more", found=max_tokens)
+    with load_model(path, mode="dense") as model:
+        ids = Tokenizer(model.file).encode(_text(text))[:max_tokens]
+        if not ids:
+            raise UsageError("no text to run over", file=text)
+        window = min(model.decoder.config.context or _WINDOW, _WINDOW)
+        file_id, groups = model.file.superblock.file_id, model.file.groups
+        with new_trace(target, file_id, groups) as writer:
+            model.decoder.observe(writer.record)
+            for done in range(0, len(ids), window):
+                progress(done, len(ids))
+                model.decoder.forward(ids[done : done + window], model.decoder.new_cache())
+            info = writer.finish()
+    return TraceReport(
+        path=os.fspath(target),
+        tokens=info.tokens,
+        seconds=time.perf_counter() - start,
+        layers=[
+            TracedActivity(layer.layer, layer.neurons, layer.active / (layer.neurons * info.tokens))
+            for layer in info.layers
+        ],
+    )
+
+
+def train_predictors(
+    path: str | os.PathLike[str],
+    traces: str | os.PathLike[str],
+    *,
+    rank: int = RANK,
+    last_layers: int = 0,
+    last_rank: int | None = None,
+    recall: float = RECALL,
+    epochs: int = EPOCHS,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> TrainReport:
+    """Train a predictor for every layer on a trace of this model, and append them to its file,
+    in place of those that it has. The `last_layers` layers get `last_rank`, the others `rank`.
+
+    Raises UsageError for settings that cannot be, a trace of another model, and where PyTorch is
+    not installed; what `append` raises.
+    """
+    start = time.perf_counter()
+    require_torch()
+    recorded = Trace(traces)
+    layers = recorded.info.layers
+    if not 0 <= last_layers <= len(layers):
+        raise UsageError(
+            "out of range", field="last-layers", expected=f"0..{len(layers)}", found=last_layers
+        )
+    if bool(last_layers) != (last_rank is not None):
+        raise UsageError("last-layers and last-rank go together", field="last-rank")
+    ranks = [rank] * (len(layers) - last_layers) + [
+        rank if last_rank is None else last_rank
+    ] * last_layers
+    settings = [Training(layer_rank, recall, epochs) for layer_rank in ranks]
+    trained: dict[int, tuple[Predictor, Quality]] = {}
+    with BundleFile(path) as file, file.reader() as reader:
+        groups = _traced_groups(file, recorded)
+        for group, setting in zip(groups, settings, strict=True):
+            check_rank(setting.rank, group.d_model)
+        done, total = 0, epochs * len(layers) * trained_tokens(recorded.info.tokens)
+
+        def advance(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            progress(done, total)
+
+        for index, (group, setting) in enumerate(zip(groups, settings, strict=True)):
+            selector = read_selector(file, reader, group)
+            trained[group.layer] = train(recorded.layer(index), selector, setting, advance)
+    tensors = {
+        _name(layer, matrix): getattr(predictor, matrix)
+        for layer, (predictor, _) in trained.items()
+        for matrix in ("a", "b")
+    }
+    entries = [
+        PredictorEntry(layer, _name(layer, "a"), _name(layer, "b"), predictor.threshold)
+        for layer, (predictor, _) in trained.items()
+    ]
+    block = append(path, tensors=tensors, predictors=entries)
+    return TrainReport(
+        path=os.fspath(path),
+        generation=block.generation,
+        tokens=recorded.info.tokens,
+        predictor_bytes=sum(matrix.nbytes for matrix in tensors.values()),
+        seconds=time.perf_counter() - start,
+        layers=[_row(layer, *found) for layer, found in trained.items()],
+    )
+
+
+def _traced_groups(file: BundleFile, recorded: Trace) -> list[Group]:
+    """The file's groups that were traced. Raises UsageError when it was another model's."""
+    if recorded.info.file_id != file.superblock.file_id.hex():
+        raise UsageError(
+            "a trace of another model",
+            file=recorded.path,
+            expected=file.superblock.file_id.hex(),
+            found=recorded.info.file_id,
+        )
+    groups = [file.group(layer.layer) for layer in recorded.info.layers]
+    for group, layer in zip(groups, recorded.info.layers, strict=True):
+        if (group.neurons, group.d_model) != (layer.neurons, layer.d_model):
+            raise UsageError("a trace of another shape", file=recorded.path, field=group.label)
+    return groups
+
+
+def _row(layer: int, predictor: Predictor, found: Quality) -> TrainedLayer:
+    return TrainedLayer(
+        layer=layer,
+        rank=predictor.a.shape[0],
+        threshold=predictor.threshold,
+        active_share=found.active / found.pairs,
+        recall=found.recall,
+        precision=found.precision,
+        predicted_per_active=found.predicted / max(found.active, 1),
+    )
+
+
+def _name(layer: int, matrix: str) -> str:
+    return f"bundlefmt.predictor.{layer}.{matrix}"
+
+
+def _text(path: str | os.PathLike[str]) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot read: {error.strerror}", file=path) from error
+    except UnicodeDecodeError:
+        raise UsageError("not UTF-8 text", file=path) from None
