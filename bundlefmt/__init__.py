@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from bundlefmt.file import BundleFile as BundleFile
     from bundlefmt.inspection import inspect as inspect
     from bundlefmt.measurement import bench as bench
+    from bundlefmt.runtime.evaluate import evaluate as evaluate
     from bundlefmt.runtime.generate import load_model as load_model
     from bundlefmt.runtime.run import run as run
 
@@ -44,6 +45,7 @@ _HOMES = {
     "bench": "measurement",
     "demo": "demonstration",
     "doctor": "diagnosis",
+    "evaluate": "runtime.evaluate",
     "inspect": "inspection",
     "load_model": "runtime.generate",
     "pack": "convert.pack",

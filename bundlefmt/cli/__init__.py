@@ -16,7 +16,7 @@ from typing import NoReturn
 from bundlefmt import __version__
 from bundlefmt.errors import BundleError, UsageError, printable
 
-COMMANDS = ("pack", "inspect", "verify", "unpack", "run", "demo", "bench", "doctor")
+COMMANDS = ("pack", "inspect", "verify", "unpack", "run", "eval", "demo", "bench", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
