@@ -440,6 +440,7 @@ STOREYS = (
     {"checkpoints"},
     {"convert"},
     {"runtime"},
+    {"integrations"},
     {"measurement", "diagnosis", "demonstration", "inspection"},
     {"cli"},
     {"__init__", "__main__"},  # the facade: names from everywhere, imported when first used
