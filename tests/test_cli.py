@@ -59,6 +59,7 @@ WORK: dict[str, list[str]] = {
     "unpack": ["unpack", "{demo}", "-o", "{tmp}/files"],
     "run, dense": ["run", "{demo}", *PROMPT],
     "run, exact": ["run", "{demo}", *PROMPT, "--mode", "exact", "--backend", "buffered"],
+    "eval": ["eval", "{demo}", "--text", str(DEMO / "README.md"), "--max-tokens", "20"],
     "bench": ["bench", "{demo}", "--threads", "2", "--backend", "buffered"],
     "bench, device": ["bench", "--dir", "{tmp}", "--size", "1M", "--chunk-size", "4K,16K"],
     "doctor": ["doctor", "--dir", "{tmp}"],
@@ -147,6 +148,8 @@ MISUSE: dict[str, list[str]] = {
     "no such file, verify": ["verify", "{tmp}/missing.bundle"],
     "no such file, unpack": ["unpack", "{tmp}/missing.bundle", "-o", "{tmp}/files"],
     "no such file, run": ["run", "{tmp}/missing.bundle", *PROMPT],
+    "no such file, eval": ["eval", "{tmp}/missing.bundle", "--text", str(DEMO / "README.md")],
+    "no such text": ["eval", "{demo}", "--text", "{tmp}/missing.txt"],
     "no such file, bench": ["bench", "{tmp}/missing.bundle"],
     "no such checkpoint": ["pack", "{tmp}/missing.safetensors"],
     "a folder, inspect": ["inspect", "{tmp}"],
@@ -473,8 +476,9 @@ def test_running_a_model_imports_no_framework(demo_bundle: Path, lures: Path) ->
 def test_a_function_of_the_package_is_one_whatever_was_imported_before() -> None:
     code = (
         "import importlib, pkgutil, bundlefmt\n"
+        "apart = ('bundlefmt.__main__', 'bundlefmt.integrations.')\n"
         "for found in pkgutil.walk_packages(bundlefmt.__path__, 'bundlefmt.'):\n"
-        "    if found.name != 'bundlefmt.__main__': importlib.import_module(found.name)\n"
+        "    if not found.name.startswith(apart): importlib.import_module(found.name)\n"
         "print(*(n for n in bundlefmt.__all__ if not callable(getattr(bundlefmt, n))))"
     )
     done = python("-c", code)
