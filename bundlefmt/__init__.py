@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from bundlefmt.measurement import bench as bench
     from bundlefmt.prediction import trace as trace
     from bundlefmt.prediction import train_predictors as train_predictors
+    from bundlefmt.runtime.evaluate import evaluate as evaluate
     from bundlefmt.runtime.generate import load_model as load_model
     from bundlefmt.runtime.run import run as run
 
@@ -46,6 +47,7 @@ _HOMES = {
     "bench": "measurement",
     "demo": "demonstration",
     "doctor": "diagnosis",
+    "evaluate": "runtime.evaluate",
     "inspect": "inspection",
     "load_model": "runtime.generate",
     "pack": "convert.pack",

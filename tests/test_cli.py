@@ -64,6 +64,7 @@ WORK: dict[str, list[str]] = {
     "run, exact": ["run", "{demo}", *PROMPT, "--mode", "exact", "--backend", "buffered"],
     "trace": ["trace", "{demo}", "--text", str(TEXT), "-o", "{tmp}/traces", "--max-tokens", "9"],
     "train-predictors": ["train-predictors", "{copy}", "--traces", "{traces}", "--rank", "4"],
+    "eval": ["eval", "{demo}", "--text", str(DEMO / "README.md"), "--max-tokens", "20"],
     "bench": ["bench", "{demo}", "--threads", "2", "--backend", "buffered"],
     "bench, device": ["bench", "--dir", "{tmp}", "--size", "1M", "--chunk-size", "4K,16K"],
     "doctor": ["doctor", "--dir", "{tmp}"],
@@ -165,6 +166,8 @@ MISUSE: dict[str, list[str]] = {
     "no such file, verify": ["verify", "{tmp}/missing.bundle"],
     "no such file, unpack": ["unpack", "{tmp}/missing.bundle", "-o", "{tmp}/files"],
     "no such file, run": ["run", "{tmp}/missing.bundle", *PROMPT],
+    "no such file, eval": ["eval", "{tmp}/missing.bundle", "--text", str(DEMO / "README.md")],
+    "no such text": ["eval", "{demo}", "--text", "{tmp}/missing.txt"],
     "no such file, bench": ["bench", "{tmp}/missing.bundle"],
     "no such checkpoint": ["pack", "{tmp}/missing.safetensors"],
     "a folder, inspect": ["inspect", "{tmp}"],
@@ -190,8 +193,8 @@ MISUSE: dict[str, list[str]] = {
     "no such part": ["pack", str(DEMO), "-o", "{tmp}/new.bundle", "--resident", "gate"],
     "a negative temperature": ["run", "{demo}", *PROMPT, "--temperature", "-1"],
     "a top-p of two": ["run", "{demo}", *PROMPT, "--top-p", "2"],
-    "no such text": ["trace", "{demo}", "--text", "{tmp}/missing.txt"],
-    "no text": ["trace", "{demo}", "--text", "/dev/null", "-o", "{tmp}/traces"],
+    "no such text to trace": ["trace", "{demo}", "--text", "{tmp}/missing.txt"],
+    "no text to trace": ["trace", "{demo}", "--text", "/dev/null", "-o", "{tmp}/traces"],
     "no tokens of a text": ["trace", "{demo}", "--text", str(TEXT), "--max-tokens", "0"],
     "no folder for a trace": ["trace", "{demo}", "--text", str(TEXT), "-o", "{tmp}/missing/traces"],
     "no such trace": ["train-predictors", "{demo}", "--traces", "{tmp}/missing"],
@@ -507,8 +510,9 @@ def test_running_a_model_imports_no_framework(demo_bundle: Path, lures: Path) ->
 def test_a_function_of_the_package_is_one_whatever_was_imported_before() -> None:
     code = (
         "import importlib, pkgutil, bundlefmt\n"
+        "apart = ('bundlefmt.__main__', 'bundlefmt.integrations.')\n"
         "for found in pkgutil.walk_packages(bundlefmt.__path__, 'bundlefmt.'):\n"
-        "    if found.name != 'bundlefmt.__main__': importlib.import_module(found.name)\n"
+        "    if not found.name.startswith(apart): importlib.import_module(found.name)\n"
         "print(*(n for n in bundlefmt.__all__ if not callable(getattr(bundlefmt, n))))"
     )
     done = python("-c", code)

@@ -442,6 +442,7 @@ STOREYS = (
     {"convert"},
     {"flash"},
     {"runtime"},
+    {"integrations"},
     {"measurement", "diagnosis", "demonstration", "inspection", "prediction"},
     {"cli"},
     {"__init__", "__main__"},  # the facade: names from everywhere, imported when first used

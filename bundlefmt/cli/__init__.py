@@ -22,6 +22,7 @@ COMMANDS = (
     "verify",
     "unpack",
     "run",
+    "eval",
     "trace",
     "train-predictors",
     "demo",

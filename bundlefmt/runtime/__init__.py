@@ -1,1 +1,1 @@
-"""The thin inference loop: config, attention, ffn, decoder, generate."""
+"""The thin inference loop: config, attention, ffn, decoder, generate, evaluate, memory."""

@@ -26,10 +26,20 @@ class Tokenizer:
                 f"tokenizer not understood: {error}", file=file.path, field=_BLOB
             ) from None
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that the tokenizer adds."""
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer adds unless those are
+        not wanted."""
+        return list(self._encoding(text, special_tokens).ids)
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Like `encode`; with each token's end, in characters of the text (0 for a special token
+        that was added)."""
+        encoding = self._encoding(text, True)
+        return list(encoding.ids), [end for _, end in encoding.offsets]
+
+    def _encoding(self, text: str, special_tokens: bool) -> tokenizers.Encoding:
         try:
-            return list(self._tokenizer.encode(text).ids)
+            return self._tokenizer.encode(text, add_special_tokens=special_tokens)
         except UnicodeEncodeError:
             raise UsageError("not Unicode text", field="prompt", found=ascii(text)) from None
 

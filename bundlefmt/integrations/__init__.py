@@ -1,0 +1,1 @@
+"""Other people's frameworks: thin, each module imported only when asked for."""
