@@ -215,6 +215,14 @@ def test_reads_beyond_the_memory_are_refused(
         engine.submit(aligned_empty(CHUNK), *reads)
 
 
+def test_checks_of_which_a_part_is_missing_are_refused(engine: Any) -> None:
+    memory, bounds, starts = aligned_empty(CHUNK), table(0, 1), table(0)
+    digest = np.zeros(1, np.uint64)
+    for checks in [(bounds, starts, CHUNK), (bounds, None, CHUNK, digest), (None, None, 0, digest)]:
+        with pytest.raises(ValueError, match="all of them, or none"):
+            engine.submit(memory, table(0), *evenly(1), *checks)
+
+
 def test_bundles_beyond_the_memory_are_refused(engine: Any) -> None:
     memory, digest = aligned_empty(CHUNK), np.zeros(1, np.uint64)
     for bounds, starts, stride in [
