@@ -195,6 +195,7 @@ BEYOND = [
     # offsets, bounds, starts, lengths
     (table(-1), table(0, 1), table(0), table(CHUNK)),
     (table(1 << 62), table(0, 1), table(0), table(CHUNK)),
+    (table((1 << 63) - 1), table(0, 0), table(), table()),
     (table(0), table(0, 1), table(1), table(CHUNK)),
     (table(0), table(0, 1), table(-1), table(10)),
     (table(0), table(0, 1), table(0), table(-1)),

@@ -172,7 +172,9 @@ void turn_over(Data& data) {
                            static_cast<size_t>(item)));
 }
 
-uint8_t content(int64_t offset) { return static_cast<uint8_t>(offset * 167 + (offset >> 8)); }
+uint8_t content(int64_t offset) {
+  return static_cast<uint8_t>(offset % 251 + (offset >> 8) % 7);
+}
 
 int file() {
   static const int fd = [] {

@@ -77,9 +77,9 @@ const char* Reads::fault() const {
   for (size_t k = 0; k < n; ++k) {
     int64_t end = offsets[k];
     for (int64_t view = bounds[k]; view < bounds[k + 1]; ++view)
-      if (__builtin_add_overflow(end, lengths[static_cast<size_t>(view)], &end) ||
-          end > INT64_MAX / 2)
+      if (__builtin_add_overflow(end, lengths[static_cast<size_t>(view)], &end))
         return "a read beyond any file";
+    if (end > INT64_MAX / 2) return "a read beyond any file";
   }
   if (bundle_bounds.empty() && !bundles) return nullptr;
   if (bundle_bounds.size() != n + 1 || expected.size() != bundles ||
