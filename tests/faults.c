@@ -55,9 +55,14 @@ ssize_t preadv(int fd, const struct iovec* views, int count, off_t offset) {
     errno = error;
     return -1;
   }
-  struct iovec first = views[0];
-  if (first.iov_len > (size_t)most) first.iov_len = (size_t)most;
-  return most ? REAL(preadv)(fd, &first, 1, offset) : 0;
+  const ssize_t got = REAL(preadv)(fd, views, count, offset);
+  if (got <= most) return got;
+  for (size_t kept = (size_t)most; count--; ++views) {  // the rest has not come
+    const size_t stays = kept < views->iov_len ? kept : views->iov_len;
+    memset((char*)views->iov_base + stays, 0, views->iov_len - stays);
+    kept -= stays;
+  }
+  return most;
 }
 
 static atomic_int ring_left, ring_error, ring_takes;

@@ -71,12 +71,12 @@ import numpy as np
 from bundlefmt.native import core
 faults = ctypes.CDLL(sys.argv[1])
 content = open(sys.argv[2], "rb").read()
-fd = os.open(sys.argv[2], os.O_RDONLY)
 
 def table(*numbers):
     return np.array(numbers, np.int64)
 
-def engine(kind, count=1, alignment=1, fd=fd):
+def engine(kind, count=1, alignment=1):
+    fd = os.open(sys.argv[2], os.O_RDONLY | (os.O_DIRECT if alignment > 1 else 0))
     return core.Engine(kind, fd, count, alignment, alignment)
 
 def submit(reader, memory, *offsets, length=None):
@@ -189,7 +189,7 @@ def test_what_a_broken_ring_has_taken_on_lands_before_the_batch_is_done(run: Run
     # Reads of a pipe stay under way until there is something in it, and only a ring can do them.
     code = """
 out, into = os.pipe()
-reader = engine("uring", fd=out)
+reader = core.Engine("uring", out, 1)
 memory = np.zeros(4096, np.uint8)
 faults.break_ring(int(sys.argv[3]), int(sys.argv[4]), 1)
 batch = submit(reader, memory, 0)
