@@ -12,6 +12,6 @@ cmake --build "$scratch/build" --parallel >/dev/null
 mkdir "$scratch/corpus"
 for simd in portable avx2 avx512; do
     BUNDLEFMT_SIMD=$simd "$scratch/build/fuzz" "$scratch/corpus" -max_len=1024 \
-        -max_total_time=$((seconds / 3)) -detect_leaks=0 -verbosity=0 -print_funcs=0 -print_final_stats=1 \
-        -artifact_prefix="$scratch/$simd-"
+        -max_total_time=$((seconds / 3)) -detect_leaks=0 -artifact_prefix="$scratch/$simd-" \
+        -verbosity=0 -print_funcs=0 -print_final_stats=1
 done
