@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,12 @@ FIXTURES = ROOT / "tests" / "fixtures"
 VECTORS = ROOT / "spec" / "vectors"
 SHARED = ROOT.parent / "shared"
 DEMO = Path(bundlefmt.__file__).parent / "demo_model"
+
+
+def without_sanitizers(why: str) -> pytest.MarkDecorator:
+    """Skips a test that tools/sanitize.sh cannot run."""
+    sanitized = "san.so" in os.environ.get("LD_PRELOAD", "")
+    return pytest.mark.skipif(sanitized, reason=f"under sanitizers: {why}")
 
 
 @pytest.fixture(scope="session")

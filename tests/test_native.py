@@ -175,6 +175,19 @@ def test_arguments_that_do_not_fit_each_other_are_refused() -> None:
 
 
 @needs_core
+def test_sizes_that_wrap_around_to_what_is_there_are_refused() -> None:
+    nothing = core.Part(np.zeros((4, 0), np.uint8), "f32")
+    no_rows = core.Part(np.zeros((0, 128), np.uint8), "f32")
+    vast = np.empty((1 << 60, 0), np.float32)
+    with pytest.raises(ValueError, match="that many numbers"):
+        core.weighted_sum(floats(1, 4), nothing, 1 << 57)
+    with pytest.raises(ValueError, match="too much"):
+        core.weighted_sum(vast, no_rows, 32)
+    with pytest.raises(ValueError, match="too much"):
+        core.products(vast, nothing, np.zeros(16, np.int64))
+
+
+@needs_core
 @pytest.mark.parametrize("item", [1, 2, 4])
 @pytest.mark.parametrize(("height", "width"), [(0, 3), (1, 1), (70, 33), (200, 129)])
 def test_a_transposition_moves_every_item(item: int, height: int, width: int) -> None:

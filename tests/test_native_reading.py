@@ -195,6 +195,7 @@ BEYOND = [
     # offsets, bounds, starts, lengths
     (table(-1), table(0, 1), table(0), table(CHUNK)),
     (table(1 << 62), table(0, 1), table(0), table(CHUNK)),
+    (table((1 << 63) - 1), table(0, 0), table(), table()),
     (table(0), table(0, 1), table(1), table(CHUNK)),
     (table(0), table(0, 1), table(-1), table(10)),
     (table(0), table(0, 1), table(0), table(-1)),
@@ -213,6 +214,14 @@ def test_reads_beyond_the_memory_are_refused(
 ) -> None:
     with pytest.raises(ValueError):
         engine.submit(aligned_empty(CHUNK), *reads)
+
+
+def test_checks_of_which_a_part_is_missing_are_refused(engine: Any) -> None:
+    memory, bounds, starts = aligned_empty(CHUNK), table(0, 1), table(0)
+    digest = np.zeros(1, np.uint64)
+    for checks in [(bounds, starts, CHUNK), (bounds, None, CHUNK, digest), (None, None, 0, digest)]:
+        with pytest.raises(ValueError, match="all of them, or none"):
+            engine.submit(memory, table(0), *evenly(1), *checks)
 
 
 def test_bundles_beyond_the_memory_are_refused(engine: Any) -> None:

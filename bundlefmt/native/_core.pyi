@@ -60,7 +60,8 @@ class Batch:
 class Engine:
     """`threads` (count of them) or `uring` (its depth) over an open file; a ring registers `memory`
     with the kernel, where it may, so that reads into it cost less. RuntimeError where there
-    is no io_uring, ValueError for alignments that are no powers of two."""
+    is no io_uring or no such number of threads, ValueError for alignments that are no powers
+    of two."""
 
     def __init__(
         self,
@@ -85,6 +86,7 @@ class Engine:
     ) -> Batch:
         """Request k reads from offsets[k] on into memory[starts[v]:][:lengths[v]] for v in
         bounds[k] .. bounds[k + 1] - 1; its bundles, `stride` bytes each, are then compared with
-        `expected`. ValueError for what lies beyond the memory, RuntimeError once closed."""
+        `expected`. ValueError for what lies beyond the memory and for checks of which a part is
+        missing, RuntimeError once closed."""
 
     def close(self) -> None: ...

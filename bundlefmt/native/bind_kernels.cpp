@@ -3,7 +3,6 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
-#include <algorithm>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -48,6 +47,10 @@ void require(bool holds, const char* what) {
   if (!holds) throw nb::value_error(what);
 }
 
+void refuse(const char* fault) {
+  if (fault) throw nb::value_error(fault);
+}
+
 // One part of every row: uint8 [rows, bytes] of an encoding, and a bias per row.
 struct StoredPart {
   Bytes bytes;
@@ -56,17 +59,16 @@ struct StoredPart {
 
   StoredPart(Bytes stored, const std::string& name, std::optional<Biases> biases)
       : bytes(std::move(stored)), encoding(named(ENCODINGS, name)), bias(std::move(biases)) {
-    require(bytes.shape(1) == 0 || bytes.stride(1) == 1, "a part's bytes must be contiguous");
+    require(bytes.size() == 0 || bytes.stride(1) == 1, "a part's bytes must be contiguous");
     require(!bias || bias->shape(0) == bytes.shape(0), "as many biases as rows");
   }
 
-  // Its rows as vectors of n numbers. Throws unless they are.
+  // Its rows as vectors of n numbers, which are still to be checked.
   Part rows_of(int64_t n, const int64_t* slots) const {
-    const int64_t block = encoding == Encoding::q8_0 || encoding == Encoding::q4_0 ? BLOCK : 1;
-    require(n % block == 0, "block encodings take multiples of 32 numbers");
-    require(static_cast<int64_t>(bytes.shape(1)) == n * block_bytes(encoding) / BLOCK,
-            "a part's bytes do not hold that many numbers");
-    return {{encoding, bytes.data(), bytes.stride(0), slots, n}, bias ? bias->data() : nullptr};
+    return {{encoding, bytes.data(), bytes.stride(0), slots, n},
+            bias ? bias->data() : nullptr,
+            static_cast<int64_t>(bytes.shape(0)),
+            static_cast<int64_t>(bytes.shape(1))};
   }
 };
 
@@ -83,10 +85,8 @@ class RowList {
     }
     data_ = slots->data();
     count_ = static_cast<int64_t>(slots->shape(0));
-    const auto inside = [=](int64_t slot) {
-      return slot >= 0 && slot < static_cast<int64_t>(rows);
-    };
-    if (!std::all_of(data_, data_ + count_, inside)) throw nb::index_error("no such slot");
+    if (const char* fault = slots_fault(data_, count_, static_cast<int64_t>(rows)))
+      throw nb::index_error(fault);
   }
 
   const int64_t* data() const { return data_; }
@@ -111,13 +111,11 @@ std::pair<Result, Vectors> zeros(int64_t tokens, int64_t width) {
   return {Result(numbers, 2, shape, owner), {numbers, width, tokens}};
 }
 
-void check_threads(int threads) { require(threads >= 1 && threads <= 1024, "threads: 1 to 1024"); }
-
 Result products_of(const Floats& x, const StoredPart& part, const std::optional<Slots>& slots,
                    int threads) {
-  check_threads(threads);
   const RowList rows(slots, part.bytes.shape(0));
   const Part stored = part.rows_of(static_cast<int64_t>(x.shape(1)), rows.data());
+  refuse(products_fault(stored, rows.count(), vectors(x), threads));
   auto [result, out] = zeros(static_cast<int64_t>(x.shape(0)), rows.count());
   const nb::gil_scoped_release released;
   products(stored.rows, rows.count(), vectors(x), out, threads);
@@ -126,11 +124,9 @@ Result products_of(const Floats& x, const StoredPart& part, const std::optional<
 
 Result weighted_sum_of(const Floats& h, const StoredPart& part, int64_t width,
                        const std::optional<Slots>& slots, int threads) {
-  check_threads(threads);
-  require(width >= 0, "a width below zero");
   const RowList rows(slots, part.bytes.shape(0));
-  require(static_cast<int64_t>(h.shape(1)) == rows.count(), "as many weights as rows");
   const Part stored = part.rows_of(width, rows.data());
+  refuse(weighted_sum_fault(stored, rows.count(), vectors(h), threads));
   auto [result, y] = zeros(static_cast<int64_t>(h.shape(0)), width);
   const nb::gil_scoped_release released;
   weighted_sum(stored.rows, rows.count(), vectors(h), y, threads);
@@ -140,22 +136,13 @@ Result weighted_sum_of(const Floats& h, const StoredPart& part, int64_t width,
 Result ffn_of(const Floats& x, const std::optional<Slots>& slots, const StoredPart* selector,
               const StoredPart* up, const StoredPart& down, const std::string& activation,
               float threshold, const std::optional<Floats>& active, int threads) {
-  check_threads(threads);
-  require((selector != nullptr) != active.has_value(), "a selector, or activations: one of them");
-  const size_t stored = down.bytes.shape(0);
-  for (const StoredPart* part : {selector, up})
-    require(!part || part->bytes.shape(0) == stored, "parts of different numbers of rows");
-  const RowList rows(slots, stored);
+  const RowList rows(slots, down.bytes.shape(0));
   const auto n = static_cast<int64_t>(x.shape(1));
   Ffn layer{{}, {}, down.rows_of(n, rows.data()), named(ACTIVATIONS, activation), threshold, {}};
   if (selector) layer.selector = selector->rows_of(n, rows.data());
   if (up) layer.up = up->rows_of(n, rows.data());
-  if (active) {
-    require(active->shape(0) == x.shape(0) &&
-                static_cast<int64_t>(active->shape(1)) == rows.count(),
-            "activations: one per token and slot");
-    layer.active = vectors(*active);
-  }
+  if (active) layer.active = vectors(*active);
+  refuse(ffn_fault(layer, rows.count(), vectors(x), threads));
   auto [result, y] = zeros(static_cast<int64_t>(x.shape(0)), n);
   const nb::gil_scoped_release released;
   ffn(layer, rows.count(), vectors(x), y, threads);
@@ -163,8 +150,8 @@ Result ffn_of(const Floats& x, const std::optional<Slots>& slots, const StoredPa
 }
 
 auto digests_of(const Bytes& rows, int threads) {
-  check_threads(threads);
-  require(rows.shape(1) == 0 || rows.stride(1) == 1, "a row's bytes must be contiguous");
+  refuse(threads_fault(threads));
+  require(rows.size() == 0 || rows.stride(1) == 1, "a row's bytes must be contiguous");
   const size_t count = rows.shape(0);
   auto* found = new uint64_t[count];
   nb::capsule owner(found, [](void* data) noexcept { delete[] static_cast<uint64_t*>(data); });
@@ -177,17 +164,13 @@ auto digests_of(const Bytes& rows, int threads) {
 }
 
 void transpose_into(const Bytes& in, const Writable& out, int item, int threads) {
-  check_threads(threads);
-  require(item == 1 || item == 2 || item == 4, "items of 1, 2 or 4 bytes");
   const auto height = static_cast<int64_t>(in.shape(0)), width = static_cast<int64_t>(out.shape(0));
-  require(in.shape(1) == out.shape(0) * static_cast<size_t>(item) &&
-              out.shape(1) == in.shape(0) * static_cast<size_t>(item),
-          "not the shape of the transposed matrix");
-  require((in.shape(1) == 0 || in.stride(1) == 1) && (out.shape(1) == 0 || out.stride(1) == 1),
+  refuse(transpose_fault(height, static_cast<int64_t>(in.shape(1)), width,
+                         static_cast<int64_t>(out.shape(1)), item, threads));
+  require((in.size() == 0 || in.stride(1) == 1) && (out.size() == 0 || out.stride(1) == 1),
           "a row's bytes must be contiguous");
   const nb::gil_scoped_release released;
-  const auto run = item == 1 ? transpose<uint8_t> : item == 2 ? transpose<uint16_t> : transpose<uint32_t>;
-  run(in.data(), in.stride(0), height, width, out.data(), out.stride(0), threads);
+  transpose(in.data(), in.stride(0), height, width, out.data(), out.stride(0), item, threads);
 }
 
 }  // namespace

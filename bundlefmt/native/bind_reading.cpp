@@ -100,7 +100,10 @@ class BoundEngine {
     reads.bounds = copy(bounds);
     reads.starts = copy(starts);
     reads.lengths = copy(lengths);
-    if (bundle_bounds && bundle_starts && expected) {
+    if (bundle_bounds.has_value() != bundle_starts.has_value() ||
+        bundle_bounds.has_value() != expected.has_value())
+      throw nb::value_error("bundle_bounds, bundle_starts, expected: all of them, or none");
+    if (bundle_bounds) {
       reads.bundle_bounds = copy(*bundle_bounds);
       reads.bundle_starts = copy(*bundle_starts);
       reads.expected.assign(expected->data(), expected->data() + expected->shape(0));

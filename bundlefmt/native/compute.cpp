@@ -79,7 +79,94 @@ void each(float* values, int64_t count, Function function) {
   for (int64_t i = 0; i < count; ++i) values[i] = function(values[i]);
 }
 
+// Whether the memory and the work come to more than 64 bits count, or anyone waits for.
+bool too_much(int64_t tokens, int64_t count, int64_t n) {
+  constexpr double MOST = 1e17;
+  return static_cast<double>(tokens) * static_cast<double>(count + FFN_ROWS) *
+             static_cast<double>(n + BLOCK) > MOST;
+}
+
+const char* part_fault(const Part& part) {
+  const Encoding encoding = part.rows.encoding;
+  const int64_t n = part.rows.n;
+  if (n < 0) return "a width below zero";
+  if ((encoding == Encoding::q8_0 || encoding == Encoding::q4_0) && n % BLOCK != 0)
+    return "block encodings take multiples of 32 numbers";
+  int64_t bytes;
+  if (__builtin_mul_overflow(n, block_bytes(encoding), &bytes) || part.bytes != bytes / BLOCK)
+    return "a part's bytes do not hold that many numbers";
+  return nullptr;
+}
+
+template <class Item>
+void transpose_items(const uint8_t* in, int64_t in_stride, int64_t height, int64_t width,
+                     uint8_t* out, int64_t out_stride, int threads) {
+  // Squares whose lines, 64 bytes wide on either side, stay in the L1 cache.
+  constexpr int64_t SIDE = 64 / sizeof(Item);
+  const int64_t bands = (width + SIDE - 1) / SIDE;
+  share(bands, height * SIDE * static_cast<int64_t>(sizeof(Item)), threads,
+        [&](int, int64_t first, int64_t last) {
+          for (int64_t j = 0; j < height; j += SIDE)
+            for (int64_t band = first; band < last; ++band) {
+              const int64_t j_end = std::min(j + SIDE, height);
+              const int64_t i_end = std::min((band + 1) * SIDE, width);
+              for (int64_t i = band * SIDE; i < i_end; ++i)
+                for (int64_t at = j; at < j_end; ++at)
+                  std::memcpy(out + i * out_stride + at * static_cast<int64_t>(sizeof(Item)),
+                              in + at * in_stride + i * static_cast<int64_t>(sizeof(Item)),
+                              sizeof(Item));
+            }
+        });
+}
+
 }  // namespace
+
+const char* threads_fault(int threads) {
+  return threads >= 1 && threads <= MAX_THREADS ? nullptr : "threads: 1 to 1024";
+}
+
+const char* slots_fault(const int64_t* slots, int64_t count, int64_t stored) {
+  const auto inside = [=](int64_t slot) { return slot >= 0 && slot < stored; };
+  return std::all_of(slots, slots + count, inside) ? nullptr : "no such slot";
+}
+
+const char* products_fault(const Part& part, int64_t count, Vectors x, int threads) {
+  if (const char* fault = threads_fault(threads)) return fault;
+  if (x.stride != part.rows.n) return "vectors and rows of different lengths";
+  if (const char* fault = part_fault(part)) return fault;
+  return too_much(x.tokens, count, part.rows.n) ? "too much to compute" : nullptr;
+}
+
+const char* weighted_sum_fault(const Part& part, int64_t count, Vectors h, int threads) {
+  if (const char* fault = threads_fault(threads)) return fault;
+  if (h.stride != count) return "as many weights as rows";
+  if (const char* fault = part_fault(part)) return fault;
+  return too_much(h.tokens, count, part.rows.n) ? "too much to compute" : nullptr;
+}
+
+const char* ffn_fault(const Ffn& layer, int64_t count, Vectors x, int threads) {
+  if (layer.selector.has_value() == layer.active.has_value())
+    return "a selector, or activations: one of them";
+  for (const auto* part : {&layer.selector, &layer.up}) {
+    if (!*part) continue;
+    if ((*part)->stored != layer.down.stored) return "parts of different numbers of rows";
+    if ((*part)->rows.n != x.stride) return "vectors and rows of different lengths";
+    if (const char* fault = part_fault(**part)) return fault;
+  }
+  if (layer.active && (layer.active->tokens != x.tokens || layer.active->stride != count))
+    return "activations: one per token and slot";
+  return products_fault(layer.down, count, x, threads);
+}
+
+const char* transpose_fault(int64_t in_rows, int64_t in_bytes, int64_t out_rows, int64_t out_bytes,
+                            int item, int threads) {
+  if (const char* fault = threads_fault(threads)) return fault;
+  if (item != 1 && item != 2 && item != 4) return "items of 1, 2 or 4 bytes";
+  if (in_bytes % item || out_bytes % item || in_bytes / item != out_rows ||
+      out_bytes / item != in_rows)
+    return "not the shape of the transposed matrix";
+  return nullptr;
+}
 
 void activate(Activation activation, float threshold, float* values, int64_t count) {
   switch (activation) {
@@ -133,7 +220,7 @@ void ffn(const Ffn& layer, int64_t count, Vectors x, Vectors y, int threads) {
           activate(layer.activation, layer.threshold, h.token(t), some);
       } else {
         for (int64_t t = 0; t < x.tokens; ++t)
-          std::copy_n(layer.active.token(t) + k, some, h.token(t));
+          std::copy_n(layer.active->token(t) + k, some, h.token(t));
       }
       if (layer.up) {
         biased_products(*layer.up, k, some, input.vectors(), up);
@@ -153,31 +240,13 @@ void digests(const uint8_t* rows, int64_t stride, int64_t length, int64_t count,
   });
 }
 
-template <class Item>
 void transpose(const uint8_t* in, int64_t in_stride, int64_t height, int64_t width, uint8_t* out,
-               int64_t out_stride, int threads) {
-  // Squares whose lines, 64 bytes wide on either side, stay in the L1 cache.
-  constexpr int64_t SIDE = 64 / sizeof(Item);
-  const int64_t bands = (width + SIDE - 1) / SIDE;
-  share(bands, height * SIDE * static_cast<int64_t>(sizeof(Item)), threads,
-        [&](int, int64_t first, int64_t last) {
-          for (int64_t j = 0; j < height; j += SIDE)
-            for (int64_t band = first; band < last; ++band) {
-              const int64_t j_end = std::min(j + SIDE, height);
-              const int64_t i_end = std::min((band + 1) * SIDE, width);
-              for (int64_t i = band * SIDE; i < i_end; ++i)
-                for (int64_t at = j; at < j_end; ++at)
-                  std::memcpy(out + i * out_stride + at * static_cast<int64_t>(sizeof(Item)),
-                              in + at * in_stride + i * static_cast<int64_t>(sizeof(Item)),
-                              sizeof(Item));
-            }
-        });
+               int64_t out_stride, int item, int threads) {
+  if (!height || !width) return;
+  const auto run = item == 1   ? transpose_items<uint8_t>
+                   : item == 2 ? transpose_items<uint16_t>
+                               : transpose_items<uint32_t>;
+  run(in, in_stride, height, width, out, out_stride, threads);
 }
-
-template void transpose<uint8_t>(const uint8_t*, int64_t, int64_t, int64_t, uint8_t*, int64_t, int);
-template void transpose<uint16_t>(const uint8_t*, int64_t, int64_t, int64_t, uint8_t*, int64_t,
-                                  int);
-template void transpose<uint32_t>(const uint8_t*, int64_t, int64_t, int64_t, uint8_t*, int64_t,
-                                  int);
 
 }  // namespace bundlefmt

@@ -3,8 +3,10 @@
 #include <unistd.h>
 
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace bundlefmt {
@@ -29,6 +31,7 @@ class Pool {
     std::unique_lock<std::mutex> guard(mutex_);
     work_through(guard);
     done_.wait(guard, [this] { return unfinished_ == 0; });
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
     return true;
   }
 
@@ -46,8 +49,14 @@ class Pool {
       const int index = next_++;
       const auto* part = part_;
       guard.unlock();
-      (*part)(index);
+      std::exception_ptr failure;
+      try {
+        (*part)(index);
+      } catch (...) {  // no memory: for the caller to hear of, not the end of a thread
+        failure = std::current_exception();
+      }
       guard.lock();
+      if (failure) failure_ = std::move(failure);
       if (--unfinished_ == 0) done_.notify_one();
     }
   }
@@ -58,6 +67,7 @@ class Pool {
   std::vector<std::thread> threads_;
   const std::function<void(int)>* part_ = nullptr;
   int next_ = 0, parts_ = 0, unfinished_ = 0;
+  std::exception_ptr failure_;
 };
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <span>
 
 #include "../kernels/kernels.hpp"
@@ -14,7 +15,6 @@
 namespace bundlefmt {
 namespace {
 
-constexpr int ATTEMPTS = 8;         // of a read that brings nothing and names no error
 constexpr size_t MAX_VIEWS = 1024;  // IOV_MAX on Linux
 
 bool ascends_to(const std::vector<int64_t>& bounds, size_t end) {
@@ -77,9 +77,9 @@ const char* Reads::fault() const {
   for (size_t k = 0; k < n; ++k) {
     int64_t end = offsets[k];
     for (int64_t view = bounds[k]; view < bounds[k + 1]; ++view)
-      if (__builtin_add_overflow(end, lengths[static_cast<size_t>(view)], &end) ||
-          end > INT64_MAX / 2)
+      if (__builtin_add_overflow(end, lengths[static_cast<size_t>(view)], &end))
         return "a read beyond any file";
+    if (end > INT64_MAX / 2) return "a read beyond any file";
   }
   if (bundle_bounds.empty() && !bundles) return nullptr;
   if (bundle_bounds.size() != n + 1 || expected.size() != bundles ||
@@ -124,6 +124,7 @@ bool aligned(const Source& source, const Reads& reads, int64_t request) {
 
 std::vector<iovec> views_of(const Reads& reads, int64_t request) {
   std::vector<iovec> views;
+  views.reserve(static_cast<size_t>(reads.bounds[request + 1] - reads.bounds[request]));
   for (auto view = reads.bounds[request]; view < reads.bounds[request + 1]; ++view)
     views.push_back({reads.memory + reads.starts[view], static_cast<size_t>(reads.lengths[view])});
   return views;
@@ -147,17 +148,18 @@ Widened::Widened(const Source& source, const Reads& reads, int64_t request)
   const auto alignment = static_cast<size_t>(std::max<int64_t>(source.memory_alignment, 64));
   const size_t room = (static_cast<size_t>(length) + alignment - 1) / alignment * alignment;
   memory.reset(static_cast<uint8_t*>(std::aligned_alloc(alignment, room)));
+  if (!memory) throw std::bad_alloc();
 }
 
 void Widened::copy_to(const std::vector<iovec>& views) const {
   const uint8_t* from = memory.get() + skipped;
   for (const iovec& view : views) {
-    std::memcpy(view.iov_base, from, view.iov_len);
+    if (view.iov_len) std::memcpy(view.iov_base, from, view.iov_len);  // of no memory, it is null
     from += view.iov_len;
   }
 }
 
-std::optional<Failure> serve(const Source& source, Batch& batch, int64_t request) {
+std::optional<Failure> serve(const Source& source, Batch& batch, int64_t request) try {
   const Reads& reads = batch.reads;
   std::vector<iovec> views = views_of(reads, request);
   int64_t needed = bytes_of(reads, request), came = 0;
@@ -167,7 +169,6 @@ std::optional<Failure> serve(const Source& source, Batch& batch, int64_t request
     batch.bytes_read += came;
   } else {
     const Widened wide(source, reads, request);
-    if (!wide.memory) return Failure{Kind::failed, request, ENOMEM, 0, 0, 0};
     iovec whole{wide.memory.get(), static_cast<size_t>(wide.length)};
     error = fill(source, {&whole, 1}, wide.offset, wide.skipped + needed, came);
     batch.bytes_read += came;
@@ -177,6 +178,8 @@ std::optional<Failure> serve(const Source& source, Batch& batch, int64_t request
   if (error) return Failure{Kind::failed, request, error, came, 0, 0};
   if (came < needed) return Failure{Kind::ended, request, 0, came, 0, 0};
   return check(reads, request);
+} catch (const std::bad_alloc&) {
+  return Failure{Kind::failed, request, ENOMEM, 0, 0, 0};
 }
 
 int64_t now() {

@@ -14,6 +14,8 @@
 
 namespace bundlefmt {
 
+constexpr int ATTEMPTS = 8;  // of what brings nothing and names no error that lasts
+
 // A file to read, and the alignment that its offsets, lengths and memory need (1 when any will do).
 struct Source {
   int fd;
@@ -72,11 +74,11 @@ class Batch {
   std::optional<Failure> failure_;
 };
 
-// Reads one request and checks it; for engines that have a thread to spare.
+// Reads one request and checks it; for engines that have a thread to spare. Throws nothing.
 std::optional<Failure> serve(const Source& source, Batch& batch, int64_t request);
 
 // Memory of its own for a request that the source cannot read as it stands: aligned, and as wide
-// as it has to be.
+// as it has to be. Throws std::bad_alloc.
 struct Widened {
   Widened(const Source& source, const Reads& reads, int64_t request);
   void copy_to(const std::vector<iovec>& views) const;
@@ -86,7 +88,7 @@ struct Widened {
   };
   int64_t needed, skipped;  // bytes of the request, and those read before them
   int64_t offset, length;   // of the read
-  std::unique_ptr<uint8_t, Free> memory;  // null when there is none to be had
+  std::unique_ptr<uint8_t, Free> memory;
 };
 
 // Whether a request can be read as it stands, into its own views.

@@ -19,6 +19,7 @@ class Engine {
   virtual void close() = 0;
 };
 
+// Throws std::system_error where that many threads are not to be had.
 std::unique_ptr<Engine> thread_engine(const Source& source, int threads);
 // Reads into `memory`, which must outlive the engine, cost the kernel less: it is told of it once.
 // Throws std::runtime_error where there is no io_uring to be had: not built in, or refused.

@@ -9,7 +9,12 @@ namespace {
 class Threads : public Engine {
  public:
   Threads(const Source& source, int threads) : source_(source) {
-    for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { work(); });
+    try {
+      for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { work(); });
+    } catch (...) {  // no more threads to be had: those that run must not outlive this
+      close();
+      throw;
+    }
   }
   ~Threads() override { close(); }
 

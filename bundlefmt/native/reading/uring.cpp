@@ -17,8 +17,10 @@ std::unique_ptr<Engine> uring_engine(const Source&, int, std::span<uint8_t>) {
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <future>
+#include <new>
 #include <stdexcept>
 #include <thread>
 
@@ -28,6 +30,7 @@ namespace bundlefmt {
 namespace {
 
 constexpr int64_t MAX_VIEWS = 1024;  // IOV_MAX on Linux
+constexpr std::chrono::milliseconds PAUSE{1};  // between looks at a ring that cannot be waited for
 constexpr size_t PIECE = size_t{1} << 30;  // the most that the kernel registers as one buffer
 
 // A request on its way.
@@ -101,7 +104,7 @@ class Uring : public Engine {
     const int error = open();
     ready.set_value(error);
     if (error) return;
-    for (;;) {
+    for (int refusals = 0;;) {
       while (!free_.empty()) {
         auto turn = queue_.pop(free_.size() == flights_.size());
         if (!turn) break;
@@ -109,10 +112,15 @@ class Uring : public Engine {
       }
       if (free_.size() == flights_.size()) break;  // closed, and nothing on its way
       const int submitted = io_uring_submit_and_wait(&ring_, 1);
-      if (submitted < 0 && submitted != -EINTR && submitted != -EAGAIN && submitted != -EBUSY) {
+      if (submitted >= 0 || submitted == -EINTR) {
+        land();
+        refusals = 0;
+      } else if ((submitted != -EAGAIN && submitted != -EBUSY) || ++refusals == ATTEMPTS) {
         return give_up();
+      } else if (accepted()) {  // what lands makes room
+        await();
+        refusals = 0;
       }
-      land();
     }
     io_uring_queue_exit(&ring_);
   }
@@ -120,15 +128,23 @@ class Uring : public Engine {
   void launch(Turn turn) {
     const Reads& reads = turn.batch->reads;
     const bool wide = !aligned(source_, reads, turn.request);
+    std::vector<iovec> views;
     std::optional<Widened> widened;
-    if (wide) widened.emplace(source_, reads, turn.request);
-    if (wide ? !widened->memory
-             : reads.bounds[turn.request + 1] - reads.bounds[turn.request] > MAX_VIEWS)
-      return finish(turn, now(), serve(source_, *turn.batch, turn.request));
+    bool fits = wide || reads.bounds[turn.request + 1] - reads.bounds[turn.request] <= MAX_VIEWS;
+    try {
+      if (fits) views = views_of(reads, turn.request);
+      if (wide) widened.emplace(source_, reads, turn.request);
+    } catch (const std::bad_alloc&) {
+      fits = false;
+    }
+    if (!fits) {
+      const int64_t start = now();
+      return finish(turn, start, serve(source_, *turn.batch, turn.request));
+    }
     const int index = free_.back();
     free_.pop_back();
     Flight& flight = flights_[static_cast<size_t>(index)];
-    flight = {std::move(turn), views_of(reads, turn.request), std::move(widened), now(), 0};
+    flight = {std::move(turn), std::move(views), std::move(widened), now(), 0};
     for (const iovec& view : flight.views) flight.needed += static_cast<int64_t>(view.iov_len);
     io_uring_sqe* entry = io_uring_get_sqe(&ring_);  // there are as many as flights
     const auto offset =
@@ -183,16 +199,33 @@ class Uring : public Engine {
     turn.batch->finish(failure);
   }
 
-  // The ring itself failed. The kernel lets go of what is in flight when the ring is closed; all
-  // that was or will be asked for is read without it.
+  // Whether the kernel has taken reads on that have not landed.
+  bool accepted() const {
+    return flights_.size() - free_.size() > io_uring_sq_ready(&ring_);
+  }
+
+  // Lands at least one of those. It has to come: nobody can take its memory back from the kernel.
+  void await() {
+    io_uring_cqe* entry;
+    while (io_uring_wait_cqe(&ring_, &entry)) std::this_thread::sleep_for(PAUSE);
+    land();
+  }
+
+  // The ring itself failed. What the kernel has taken on still lands, and would after the ring is
+  // closed; all else that was or will be asked for is read without it.
   void give_up() {
+    while (accepted()) await();
     io_uring_queue_exit(&ring_);
     for (Flight& flight : flights_)
-      if (flight.turn.batch)
+      if (flight.turn.batch) {
         finish(flight.turn, flight.start,
                serve(source_, *flight.turn.batch, flight.turn.request));
-    while (const auto turn = queue_.pop(true))
-      finish(*turn, now(), serve(source_, *turn->batch, turn->request));
+        flight.turn.batch.reset();
+      }
+    while (const auto turn = queue_.pop(true)) {
+      const int64_t start = now();
+      finish(*turn, start, serve(source_, *turn->batch, turn->request));
+    }
   }
 
   const Source source_;

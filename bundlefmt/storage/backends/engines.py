@@ -22,7 +22,7 @@ Read = Callable[[int, Sequence[NDArray[np.uint8]]], int]
 
 class Native:
     """An engine of the native core: `threads`, or `uring`. Raises UsageError for more in flight
-    than it takes, RuntimeError where there is no io_uring."""
+    than it takes, RuntimeError where there is no io_uring, or too few threads."""
 
     def __init__(
         self,

@@ -48,7 +48,10 @@ class Buffered(Backend):
     def _start(self) -> Engine:
         if native.core is None:
             return Pool(self.in_flight, self._read)
-        return self._native("threads")
+        try:
+            return self._native("threads")
+        except RuntimeError as error:
+            raise ReadError(f"too few threads: {error}", file=self.path) from error
 
     def _native(self, kind: str) -> Engine:
         alignments = self.offset_alignment, self.memory_alignment
