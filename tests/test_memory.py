@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 import bundlefmt
 from bundlefmt.errors import UsageError
 from bundlefmt.flash.budget import Needs, divide
+from bundlefmt.layout.header import Predictor
 from bundlefmt.runtime import memory as memory_of
 from bundlefmt.runtime.generate import Model
 from bundlefmt.runtime.memory import POLICIES
@@ -108,6 +111,40 @@ def test_topk_of_all_neurons_is_dense_and_of_some_reads_less(small_bundle: Path)
         before = model.reader.stats.bundles
         model.logits([1])
         assert model.reader.stats.bundles - before == 2 * round(neurons / 4)
+
+
+def test_predict_is_refused_where_there_is_no_predictor(demo_bundle: Path) -> None:
+    with pytest.raises(UsageError, match=r"layer 0.*train-predictors"):
+        bundlefmt.load_model(demo_bundle, mode="predict")
+
+
+@pytest.mark.parametrize("memory", [None, PLENTY])
+def test_predict_reads_and_computes_what_the_predictors_name(
+    demo_bundle: Path, tmp_path: Path, memory: int | None
+) -> None:
+    """Predictors of zeros name nothing at a threshold of a half, and all below it."""
+    path = Path(shutil.copy(demo_bundle, tmp_path))
+    with bundlefmt.open(path) as file:
+        groups = file.groups
+    entries, tensors = [], {}
+    for group in groups:
+        a = np.zeros((1, group.d_model), dtype=np.float32)
+        b = np.zeros((group.neurons, 1), dtype=np.float32)
+        names = f"a{group.layer}", f"b{group.layer}"
+        tensors |= dict(zip(names, (a, b), strict=True))
+        entries.append(Predictor(group.layer, *names, threshold=0.5))
+    bundlefmt.append(path, tensors=tensors, predictors=entries)
+    with bundlefmt.load_model(path, mode="predict", memory=memory, tokens=64) as model:
+        before = model.reader.stats.bundles
+        step_by_step(model, [1])
+        assert model.reader.stats.bundles == before  # sigmoid(0) is not above 0.5
+
+    always = [msgspec.structs.replace(entry, threshold=0.25) for entry in entries]
+    bundlefmt.append(path, predictors=always)
+    with bundlefmt.load_model(path) as model:
+        expected = model.logits(PROMPT)
+    with bundlefmt.load_model(path, mode="predict", memory=memory, tokens=64) as model:
+        np.testing.assert_allclose(step_by_step(model, PROMPT), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("share", [0, -1, 1.5, float("nan")])

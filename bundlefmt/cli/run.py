@@ -10,7 +10,7 @@ from bundlefmt.cli import arguments, output
 from bundlefmt.errors import printable_text
 
 HELP = "generate text, with the FFN read from flash"
-MODES = ("dense", "exact", "topk")
+MODES = ("dense", "exact", "predict", "topk")
 POLICIES = ("lru", "lfu", "window")
 
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="dense",
         choices=MODES,
         help="dense reads every neuron; exact, for ReLU-like models, only the active ones; "
-        "topk the strongest ones, an approximation",
+        "predict those that the file's predictors name, topk the strongest ones: approximations",
     )
     parser.add_argument(
         "--share", type=float, default=0.3, help="of the neurons, that mode topk takes"

@@ -16,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundlefmt import kernels
-from bundlefmt.errors import BundleError, FormatError
+from bundlefmt.errors import BundleError, FormatError, UsageError
 from bundlefmt.file import BundleFile
+from bundlefmt.flash import predictor
 from bundlefmt.flash.cache import NeuronCache
+from bundlefmt.flash.predictor import Predictor
 from bundlefmt.kernels import Floats
 from bundlefmt.layout.header import Group, Part
 from bundlefmt.reader import Bundles, Pending, Reader
@@ -26,6 +28,7 @@ from bundlefmt.runtime.selection import (
     Dense,
     Exact,
     Ids,
+    Predicted,
     Selected,
     Selecting,
     Selection,
@@ -119,7 +122,7 @@ class FfnLayer:
         self._selector = group.parts[0]
         self._gated = self._selector.name == "gate"
         self._known: NDArray[np.uint8] | None = None  # first bytes of every bundle, if in DRAM
-        self._select = self._selection(selecting)
+        self._select = self._selection(file, selecting)
         self._slot_biases = {
             name: np.zeros(0 if cache is None else cache.rows.shape[0], dtype=np.float32)
             for name in self._neuron_biases
@@ -222,10 +225,12 @@ class FfnLayer:
             pre = kernels.biased_products(x, held)
         return Selected(selected.ids, self._act(pre))
 
-    def _selection(self, selecting: Selecting) -> Selection:
+    def _selection(self, file: BundleFile, selecting: Selecting) -> Selection:
         check(selecting.mode, self.group)
         if selecting.mode == "dense":
             return Dense(self._all)
+        if selecting.mode == "predict":
+            return Predicted(self._all, self._predictor(file))
         selector = kernels.Part(
             self._hold_selector(),
             self._selector.encoding,
@@ -234,6 +239,15 @@ class FfnLayer:
         if selecting.mode == "topk":
             return TopK(self._all, selector, self._act, selecting.share)
         return Exact(self._all, selector, self._act)
+
+    def _predictor(self, file: BundleFile) -> Predictor:
+        found = predictor.load(file, self.group)
+        if found is None:
+            raise UsageError(
+                "mode predict needs a predictor: bundlefmt train-predictors adds one",
+                field=self.group.label,
+            )
+        return found
 
     def _hold_selector(self) -> NDArray[np.uint8]:
         """The selector in memory, uint8 [neurons, part length]; where it is bundled, it is read

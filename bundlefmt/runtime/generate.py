@@ -169,10 +169,11 @@ def load_model(
     """The model in a bundle file, ready to compute.
 
     `dense` streams every neuron; `exact`, for ReLU-like activations, reads only bundles whose
-    activation is not zero, and gives the same tokens; `topk` takes each token's strongest neurons,
-    a `share` of them, and is an approximation. With `memory`, in bytes, the process keeps within
-    it, and what is left of it holds neurons from token to token (`policy`, `window`, `tokens`: see
-    `Caching`). `threads` and `queue_depth` are the reader's (`BundleFile.reader`);
+    activation is not zero, and gives the same tokens; `predict` takes the neurons that the file's
+    predictors name, `topk` each token's strongest ones, a `share` of them: approximations. With
+    `memory`, in bytes, the process keeps within it, and what is left of it holds neurons from token
+    to token (`policy`, `window`, `tokens`: see `Caching`). `threads` and `queue_depth` are the
+    reader's (`BundleFile.reader`);
     `compute_threads`, where given, becomes the process's number of threads to compute with
     (`kernels.set_threads`). Raises UsageError for a model, mode or memory that cannot be,
     FormatError for a damaged file.

@@ -81,8 +81,13 @@ def needs(file: BundleFile, config: DecoderConfig, selecting: Selecting, tokens:
     """What the model needs to make a text of that many tokens, prompt included. The process is
     measured as it is now."""
     groups = file.groups
+    left_out = set()  # what only mode predict loads
+    if selecting.mode != "predict":
+        left_out = {name for entry in file.header.predictors for name in (entry.a, entry.b)}
     resident = sum(
-        tensor.data.decoded_length or tensor.data.length for tensor in file.header.tensors
+        tensor.data.decoded_length or tensor.data.length
+        for tensor in file.header.tensors
+        if tensor.name not in left_out
     )
     parts = sum(
         group.neurons * part.length

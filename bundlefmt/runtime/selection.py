@@ -1,5 +1,4 @@
-"""Which neurons of a layer a token needs: one class per mode, one entry in
-MODES.
+"""Which neurons of a layer a token needs: one class per mode.
 
 The selector is the part that the activation is applied to: `gate`, or `up` without a gate.
 """
@@ -14,12 +13,13 @@ from numpy.typing import NDArray
 
 from bundlefmt import kernels
 from bundlefmt.errors import UsageError
+from bundlefmt.flash.predictor import Predictor
 from bundlefmt.kernels import Floats
 from bundlefmt.layout.header import Group
 
 Ids = NDArray[np.int64]
 
-MODES = ("dense", "exact", "topk")
+MODES = ("dense", "exact", "predict", "topk")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Selecting:
     @property
     def holds_selector(self) -> bool:
         """Whether the mode keeps every neuron's selector in DRAM."""
-        return self.mode != "dense"
+        return self.mode in ("exact", "topk")
 
 
 class Selected(NamedTuple):
@@ -85,6 +85,21 @@ class Exact:
 
     def _kept(self, activations: Floats) -> Floats:
         return activations
+
+
+class Predicted:
+    """Those that a predictor names, for tokens made one at a time (the paper's section 3.1); for
+    the many of a prompt, nearly all of which some token needs, all of them."""
+
+    def __init__(self, order: Ids, predictor: Predictor) -> None:
+        self._order = order
+        self._predictor = predictor
+
+    def __call__(self, x: Floats) -> Selected:
+        if x.shape[0] > 1:
+            return Selected(self._order, None)
+        predicted = self._predictor.predicted(x)[0]
+        return Selected(self._order[predicted[self._order]], None)
 
 
 class TopK(Exact):
