@@ -15,8 +15,9 @@ import bundlefmt
 from bundlefmt.cli import main
 from bundlefmt.runtime.evaluate import windows
 from bundlefmt.runtime.text import Tokenizer
-from tests.conftest import FIXTURES
+from tests.conftest import ROOT
 
+TASK = ROOT / "tests" / "lm_eval_task"
 TEXT = "ROMEO:\nBut, soft! what light through yonder window breaks? Café — ☃\n" * 12
 
 
@@ -154,7 +155,7 @@ def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.chdir(FIXTURES / "lm_eval")
+    monkeypatch.chdir(TASK)
     return pytest.importorskip("lm_eval", reason="lm-eval is not installed: '.[lm-eval]'")
 
 
@@ -180,7 +181,7 @@ def test_lm_eval_scores_a_local_task(harness: Any, demo_bundle: Path) -> None:
         model="bundlefmt",
         model_args=f"path={demo_bundle},mode=exact",
         tasks=["verona"],
-        task_manager=TaskManager(include_path=str(FIXTURES / "lm_eval"), include_defaults=False),
+        task_manager=TaskManager(include_path=str(TASK), include_defaults=False),
         bootstrap_iters=0,
     )
     assert found["results"]["verona"]["acc,none"] == 1
