@@ -1,6 +1,7 @@
 """The same neurons through other readers; a new one is one entry in PEERS.
 
-In each repetition every reader has its turn, then fio, so that a drifting disk hits all alike.
+In each repetition every reader has its turn, in an order drawn anew, then fio, so that a drifting
+disk, and what a device remembers of the turn before, hit all alike.
 Every turn starts cold, opens its reader anew (outside the time taken), fills the same memory, and
 is checked. Repetitions read other neurons each.
 """
@@ -225,7 +226,8 @@ def _take_turns(
     for repetition in range(REPETITIONS):
         scopes = _scopes(subject, pattern, repetition, random)
         expected = {scope: _expected(of_scope) for scope, of_scope in scopes.items()}
-        for name, peer in PEERS.items():
+        for name in random.permutation(list(PEERS)).tolist():
+            peer = PEERS[name]
             try:
                 if not rows[name].missing:
                     _take_turn(rows[name], peer, scopes[peer.scope], expected[peer.scope])

@@ -23,6 +23,7 @@ std::unique_ptr<Engine> uring_engine(const Source&, int, std::span<uint8_t>) {
 #include <new>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 
 #include "queue.hpp"
 
@@ -47,6 +48,7 @@ class Uring : public Engine {
   Uring(const Source& source, int depth, std::span<uint8_t> memory)
       : source_(source), memory_(memory), flights_(static_cast<size_t>(depth)) {
     for (int i = depth; i-- > 0;) free_.push_back(i);
+    landed_.reserve(flights_.size());
     std::promise<int> ready;
     thread_ = std::thread([this, &ready] { work(ready); });
     const int error = ready.get_future().get();
@@ -105,15 +107,11 @@ class Uring : public Engine {
     ready.set_value(error);
     if (error) return;
     for (int refusals = 0;;) {
-      while (!free_.empty()) {
-        auto turn = queue_.pop(free_.size() == flights_.size());
-        if (!turn) break;
-        launch(std::move(*turn));
-      }
+      refill(free_.size() == flights_.size());
       if (free_.size() == flights_.size()) break;  // closed, and nothing on its way
       const int submitted = io_uring_submit_and_wait(&ring_, 1);
       if (submitted >= 0 || submitted == -EINTR) {
-        land();
+        land(true);
         refusals = 0;
       } else if ((submitted != -EAGAIN && submitted != -EBUSY) || ++refusals == ATTEMPTS) {
         return give_up();
@@ -123,6 +121,15 @@ class Uring : public Engine {
       }
     }
     io_uring_queue_exit(&ring_);
+  }
+
+  // Takes on as many requests as there is room for; with `wait`, at least one, unless closed.
+  void refill(bool wait) {
+    while (!free_.empty()) {
+      auto turn = queue_.pop(wait && free_.size() == flights_.size());
+      if (!turn) break;
+      launch(std::move(*turn));
+    }
   }
 
   void launch(Turn turn) {
@@ -167,31 +174,38 @@ class Uring : public Engine {
     io_uring_sqe_set_data64(entry, static_cast<uint64_t>(index));
   }
 
-  void land() {
-    unsigned head, landed = 0;
+  // Takes what has come out of the ring. With `refilled`, the device reads on while that is checked.
+  void land(bool refilled) {
+    unsigned head;
     io_uring_cqe* entry;
     io_uring_for_each_cqe(&ring_, head, entry) {
-      ++landed;
       const auto index = static_cast<int>(io_uring_cqe_get_data64(entry));
-      Flight& flight = flights_[static_cast<size_t>(index)];
-      Batch& batch = *flight.turn.batch;
-      const int64_t skipped = flight.widened ? flight.widened->skipped : 0;
-      std::optional<Failure> failure;
-      if (entry->res >= skipped + flight.needed) {
-        batch.bytes_read += entry->res;
-        if (flight.widened) flight.widened->copy_to(flight.views);
-        failure = check(batch.reads, flight.turn.request);
-      } else if (entry->res >= 0 || entry->res == -EINTR || entry->res == -EAGAIN) {
-        failure = serve(source_, batch, flight.turn.request);  // short: rare enough to read anew
-      } else {
-        failure = Failure{Kind::failed, flight.turn.request, -entry->res, 0, 0, 0};
-      }
-      finish(flight.turn, flight.start, failure);
-      flight.turn.batch.reset();
-      flight.widened.reset();
+      landed_.emplace_back(std::move(flights_[static_cast<size_t>(index)]), entry->res);
       free_.push_back(index);
     }
-    io_uring_cq_advance(&ring_, landed);
+    io_uring_cq_advance(&ring_, static_cast<unsigned>(landed_.size()));
+    if (refilled) {
+      refill(false);
+      io_uring_submit(&ring_);  // what it refuses is offered again
+    }
+    for (const auto& [flight, result] : landed_) settle(flight, result);
+    landed_.clear();
+  }
+
+  void settle(const Flight& flight, int result) {
+    Batch& batch = *flight.turn.batch;
+    const int64_t skipped = flight.widened ? flight.widened->skipped : 0;
+    std::optional<Failure> failure;
+    if (result >= skipped + flight.needed) {
+      batch.bytes_read += result;
+      if (flight.widened) flight.widened->copy_to(flight.views);
+      failure = check(batch.reads, flight.turn.request);
+    } else if (result >= 0 || result == -EINTR || result == -EAGAIN) {
+      failure = serve(source_, batch, flight.turn.request);  // short: rare enough to read anew
+    } else {
+      failure = Failure{Kind::failed, flight.turn.request, -result, 0, 0, 0};
+    }
+    finish(flight.turn, flight.start, failure);
   }
 
   static void finish(const Turn& turn, int64_t start, const std::optional<Failure>& failure) {
@@ -208,7 +222,7 @@ class Uring : public Engine {
   void await() {
     io_uring_cqe* entry;
     while (io_uring_wait_cqe(&ring_, &entry)) std::this_thread::sleep_for(PAUSE);
-    land();
+    land(false);
   }
 
   // The ring itself failed. What the kernel has taken on still lands, and would after the ring is
@@ -233,6 +247,7 @@ class Uring : public Engine {
   Queue queue_;
   std::vector<Flight> flights_;
   std::vector<int> free_;
+  std::vector<std::pair<Flight, int>> landed_;  // with its result
   io_uring ring_{};
   bool registered_ = false;
   std::thread thread_;
