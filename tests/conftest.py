@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 import bundlefmt
+from bundlefmt.errors import ReadError
+from bundlefmt.storage.backends import BACKENDS, open_backend
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -20,6 +24,31 @@ def without_sanitizers(why: str) -> pytest.MarkDecorator:
     """Skips a test that tools/sanitize.sh cannot run."""
     sanitized = "san.so" in os.environ.get("LD_PRELOAD", "")
     return pytest.mark.skipif(sanitized, reason=f"under sanitizers: {why}")
+
+
+def _refusals() -> dict[str, str]:
+    """The backends that cannot work where these tests read (the folder for temporary files, the
+    vectors'), and why."""
+    found = {}
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(bytes(65536))
+        file.flush()
+        for name, path in itertools.product(BACKENDS, (file.name, VECTORS / "plain.bundle")):
+            try:
+                open_backend(path, name)[0].close()
+            except ReadError as error:
+                found[name] = error.what
+    return found
+
+
+REFUSED = _refusals()
+backends = pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(name in REFUSED, reason=REFUSED.get(name, "")))
+        for name in BACKENDS
+    ],
+)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,35 +20,11 @@ from bundlefmt.cli import main
 from bundlefmt.errors import BundleError, FormatError, ReadError, UsageError, WriteError
 from bundlefmt.measurement import BenchRow, fio, plot
 from bundlefmt.measurement.reads import Pattern, two_in_flight
-from bundlefmt.storage.backends import BACKENDS, DEFAULT_QUEUE_DEPTH, open_backend
-from tests.conftest import VECTORS
+from bundlefmt.storage.backends import BACKENDS, DEFAULT_QUEUE_DEPTH
+from tests.conftest import REFUSED, VECTORS, backends
 
 SIZE = 4 << 20
 STRIDE = 512  # of the demo model's bundles
-
-
-def _refusals() -> dict[str, str]:
-    """The backends that cannot work here, and why."""
-    found = {}
-    for name in BACKENDS:
-        with tempfile.NamedTemporaryFile() as file:
-            file.write(bytes(65536))
-            file.flush()
-            try:
-                open_backend(file.name, name)[0].close()
-            except ReadError as error:
-                found[name] = error.what
-    return found
-
-
-REFUSED = _refusals()
-backends = pytest.mark.parametrize(
-    "backend",
-    [
-        pytest.param(name, marks=pytest.mark.skipif(name in REFUSED, reason=REFUSED.get(name, "")))
-        for name in BACKENDS
-    ],
-)
 
 
 def rows_of(*model: Path, **settings: Any) -> list[BenchRow]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from bundlefmt.reader import Reader
 from bundlefmt.storage.backends import BACKENDS
 from bundlefmt.storage.buffers import aligned_empty
 from bundlefmt.storage.device import DirectIO, probe_direct
-from tests.conftest import DEMO, FIXTURES, VECTORS
+from tests.conftest import DEMO, FIXTURES, REFUSED, VECTORS, backends
 
 NEURONS = 72  # of a layer of the fixtures
 FILL = 0xA5  # of memory that nothing may write to
@@ -32,20 +31,7 @@ FILL = 0xA5  # of memory that nothing may write to
 Matrices = dict[str, NDArray[Any]]
 
 
-def _direct_works() -> bool:
-    """Where these tests read: the vectors' folder and the one for temporary files."""
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(bytes(65536))
-        file.flush()
-        probes = [probe_direct(file.name), probe_direct(VECTORS / "plain.bundle")]
-    return all(probe.refusal is None for probe in probes)
-
-
-needs_direct = pytest.mark.skipif(not _direct_works(), reason="no direct I/O here")
-backends = pytest.mark.parametrize(
-    "backend",
-    [pytest.param(name, marks=[needs_direct] if name == "direct" else []) for name in BACKENDS],
-)
+needs_direct = pytest.mark.skipif("direct" in REFUSED, reason=REFUSED.get("direct", ""))
 
 
 def _llama(tensors: Matrices, layer: int) -> Matrices:
@@ -238,7 +224,7 @@ def readers(small_bundle: Path) -> Iterator[dict[tuple[str, str], Reader]]:
     """Readers of two files by (file, backend), open for the whole module."""
     paths = {"small": small_bundle, "ordered": VECTORS / "ordered.bundle"}
     files = {target: bundlefmt.open(path) for target, path in paths.items()}
-    names = [n for n in BACKENDS if n != "direct" or probe_direct(small_bundle).refusal is None]
+    names = [name for name in BACKENDS if name not in REFUSED]
     opened = {(t, n): file.reader(n, threads=2) for t, file in files.items() for n in names}
     yield opened
     for reader in opened.values():
