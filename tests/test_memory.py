@@ -22,7 +22,7 @@ from bundlefmt.layout.header import Predictor
 from bundlefmt.runtime import memory as memory_of
 from bundlefmt.runtime.generate import Model
 from bundlefmt.runtime.memory import POLICIES
-from tests.conftest import FIXTURES
+from tests.conftest import FIXTURES, without_sanitizers
 
 PLENTY = 1 << 40
 PROMPT = [1, 2, 3, 4, 5]
@@ -175,6 +175,7 @@ def test_what_is_left_of_a_limit_goes_to_the_groups_by_their_bytes(demo_bundle: 
             assert abs(slots - group.neurons * min(left / all_bytes, 1)) <= 1
 
 
+@without_sanitizers("they keep memory of their own")
 def test_the_process_keeps_within_its_limit(demo_bundle: Path) -> None:
     command = [sys.executable, "-m", "bundlefmt", "run", str(demo_bundle), "--prompt", "ROMEO:"]
     command += ["--mode", "exact", "--json", "--memory"]
