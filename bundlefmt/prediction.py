@@ -11,7 +11,14 @@ from pathlib import Path
 from bundlefmt.convert.update import append
 from bundlefmt.errors import UsageError
 from bundlefmt.file import BundleFile
-from bundlefmt.flash.predictor import Predictor, Quality, check_rank, read_selector
+from bundlefmt.flash.predictor import (
+    RANK,
+    RECALL,
+    Predictor,
+    Quality,
+    check_rank,
+    read_selector,
+)
 from bundlefmt.flash.traces import Trace, new_trace
 from bundlefmt.flash.training import Training, require_torch, train, trained_tokens
 from bundlefmt.layout.header import Group
@@ -19,8 +26,6 @@ from bundlefmt.layout.header import Predictor as PredictorEntry
 from bundlefmt.runtime.generate import load_model
 from bundlefmt.runtime.text import Tokenizer
 
-RANK = 128
-RECALL = 0.95
 EPOCHS = 2
 _WINDOW = 512  # tokens that see each other, as in a run of that length
 

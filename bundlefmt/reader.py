@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -51,11 +51,25 @@ class ReadStats:
     bytes_asked: int = 0  # of the parts that callers wanted, each bundle of a batch once
     bytes_read: int = 0
     seconds: float = 0.0  # spent waiting for reads
+    busy_seconds: float = 0.0  # during which reads were in flight
+    _busy_until = 0  # ns
 
     @property
     def read_amplification(self) -> float:
         """Bytes read / bytes asked for; 0 when nothing was asked for."""
         return self.bytes_read / self.bytes_asked if self.bytes_asked else 0.0
+
+    def add_span(self, began: int, finished: int) -> None:
+        """Reads were in flight from one moment to the other, in ns: what batches before them have
+        not counted yet is counted as busy."""
+        self.busy_seconds += max(finished - max(began, self._busy_until), 0) / 1e9
+        self._busy_until = max(self._busy_until, finished)
+
+    def since(self, before: ReadStats) -> ReadStats:
+        """What has been added since these counters were `before`."""
+        return ReadStats(
+            *(getattr(self, f.name) - getattr(before, f.name) for f in fields(ReadStats))
+        )
 
 
 @dataclass(frozen=True)
@@ -152,9 +166,16 @@ class Pending:
     """A batch in flight."""
 
     def __init__(
-        self, path: str, reads: Batch, placed: _Placed, asked: ReadStats, stats: ReadStats
+        self,
+        path: str,
+        began: int,
+        reads: Batch,
+        placed: _Placed,
+        asked: ReadStats,
+        stats: ReadStats,
     ) -> None:
         self._path = path
+        self._began = began
         self._reads = reads
         self._placed = placed
         self._asked = asked
@@ -165,6 +186,12 @@ class Pending:
     def latencies(self) -> list[int]:
         """Nanoseconds that each request took, once all are there."""
         return self._reads.latencies
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """When the batch was submitted and when its last read was done, as `time.perf_counter_ns`
+        counts; the same moment when it had nothing to read. Known once all are there."""
+        return self._began, max(self._reads.finished, self._began)
 
     def result(self) -> Bundles:
         """Wait for the batch. Raises ReadError or FormatError once nothing of it is in flight."""
@@ -180,6 +207,7 @@ class Pending:
             self._stats.bundles += self._asked.bundles
             self._stats.bytes_asked += self._asked.bytes_asked
             self._stats.bytes_read += self._reads.bytes_read
+            self._stats.add_span(*self.span)
             if self._placed.twins.size:
                 bundles.raw[self._placed.twins] = bundles.raw[self._placed.firsts]
             self._done = True
@@ -279,7 +307,9 @@ class Reader:
             bundles=placed.rows.size,
             bytes_asked=placed.rows.size * (group.used - held),
         )
-        return Pending(self._file.path, self._backend.submit(requests), placed, asked, self.stats)
+        began = time.perf_counter_ns()
+        reads = self._backend.submit(requests)
+        return Pending(self._file.path, began, reads, placed, asked, self.stats)
 
     def _place(self, bundles: Bundles) -> _Placed:
         slots = self._slots_of(bundles.group, bundles.neurons)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from bundlefmt.errors import UsageError
 from bundlefmt.flash.cache import Admission, NeuronCache
 from bundlefmt.flash.policies import Lfu, Lru, Policy, Window
+from bundlefmt.flash.readahead import ReadAhead
 from bundlefmt.runtime.memory import POLICIES, Caching
 
 NEURONS = 40
@@ -108,6 +109,100 @@ def test_a_neuron_in_use_is_never_evicted_for_another_of_the_same_token() -> Non
     found = use(cache, 1, 4, 5, 6)
     assert (found.held.size, found.missing.size, found.passed.size) == (1, 2, 1)
     assert 1 in cache.neurons
+
+
+def expect(cache: NeuronCache, *neurons: int) -> None:
+    ids, slots = cache.expect(np.array(sorted(neurons), dtype=np.int64))
+    cache.rows[slots] = content_of(ids)
+
+
+def use_expected(cache: NeuronCache, *neurons: int) -> Admission:
+    """One token some of whose neurons were expected."""
+    ids = np.array(sorted(neurons), dtype=np.int64)
+    admission = cache.admit(ids)
+    cache.arrived(admission)
+    missing = ids[admission.missing]
+    cache.rows[admission.missing_slots] = content_of(missing)
+    cache.commit(missing, admission.missing_slots)
+    return admission
+
+
+@policies
+@given(guesses=tokens, asked=tokens, slots=st.integers(1, 25))
+@settings(max_examples=50, deadline=None)
+def test_whatever_was_expected_every_neuron_is_found_in_its_slot(
+    policy: str, guesses: list[set[int]], asked: list[set[int]], slots: int
+) -> None:
+    cache = new_cache(slots, policy)
+    for guess, neurons in zip(guesses, asked, strict=False):
+        expect(cache, *guess)
+        ids = np.array(sorted(neurons), dtype=np.int64)
+        found = use_expected(cache, *neurons)
+        together = [found.held, found.coming, found.missing, found.passed]
+        assert sorted(np.concatenate(together).tolist()) == list(range(ids.size))
+        for which, where in (
+            (found.held, found.held_slots),
+            (found.coming, found.coming_slots),
+            (found.missing, found.missing_slots),
+        ):
+            assert (cache.rows[where] == content_of(ids[which])).all()
+        used = np.concatenate([found.held_slots, found.coming_slots, found.missing_slots])
+        assert np.unique(used).size == used.size <= slots
+
+
+def test_what_was_expected_is_not_read_twice_and_is_there_for_the_next_token() -> None:
+    cache = new_cache(4)
+    expect(cache, 1, 2, 3)
+    found = use_expected(cache, 2, 5)
+    assert (found.coming.size, found.missing.size) == (1, 1)
+    assert use(cache, 1, 2, 3, 5).held.size == 4
+    assert (cache.stats.ahead, cache.stats.ahead_used) == (3, 1)
+
+
+def test_what_was_expected_and_never_came_is_not_in_the_cache() -> None:
+    cache = new_cache(4)
+    expect(cache, 1, 2)
+    cache.forget_expected()
+    assert cache.neurons.size == 0
+    assert use(cache, 1, 2, 3, 4).missing.size == 4
+
+
+@given(
+    used=st.lists(st.integers(0, 9), min_size=NEURONS, max_size=NEURONS),
+    pieces=st.integers(1, 5),
+    slots=st.integers(1, NEURONS),
+)
+@settings(max_examples=50, deadline=None)
+def test_a_prompt_leaves_what_was_used_last(used: list[int], pieces: int, slots: int) -> None:
+    cache = new_cache(slots)
+    cache.advance(10)
+    ages = np.array(used)
+    for ids in np.array_split(np.arange(NEURONS), pieces):
+        kept, where = cache.offer(ids, ages[ids])
+        cache.rows[where] = content_of(ids[kept])
+    held = cache.neurons
+    assert held.size == slots
+    assert sorted(ages[held].tolist()) == sorted(used)[:slots]
+    found = use(cache, *held.tolist())
+    assert found.held.size == slots
+    assert (cache.rows[found.held_slots] == content_of(held)).all()
+
+
+def test_guesses_are_read_only_while_they_are_good() -> None:
+    ahead = ReadAhead(NEURONS)
+    assert not ahead.pays  # nothing is known yet
+    few, many = np.arange(4), np.arange(20)
+    ahead.guess(few)
+    ahead.learn(np.array([0, 1, 2, 30]))
+    assert ahead.pays
+    for _ in range(3):
+        ahead.guess(many)
+        ahead.learn(few)
+    assert not ahead.pays
+    for _ in range(40):
+        ahead.guess(few)
+        ahead.learn(many)
+    assert ahead.pays
 
 
 def test_the_counters_add_up() -> None:

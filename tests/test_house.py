@@ -10,10 +10,11 @@ import bundlefmt
 from bundlefmt.checkpoints.families import FAMILIES
 from bundlefmt.cli import COMMANDS, arguments, bench, pack, run, train_predictors
 from bundlefmt.convert.plan import DTYPES
+from bundlefmt.flash.predictor import RANK, RECALL
 from bundlefmt.layout.planner import ALIGNMENTS
 from bundlefmt.measurement import DEFAULT_SIZE
 from bundlefmt.measurement.reads import DEFAULT_BATCH, ORDERS
-from bundlefmt.prediction import EPOCHS, RANK, RECALL
+from bundlefmt.prediction import EPOCHS
 from bundlefmt.runtime.config import _DECODERS
 from bundlefmt.runtime.memory import POLICIES
 from bundlefmt.runtime.selection import MODES

@@ -18,6 +18,7 @@ import pytest
 import bundlefmt
 from bundlefmt.errors import UsageError
 from bundlefmt.flash.budget import Needs, divide
+from bundlefmt.flash.readahead import MOST_WASTED
 from bundlefmt.layout.header import Predictor
 from bundlefmt.runtime import memory as memory_of
 from bundlefmt.runtime.generate import Model
@@ -93,6 +94,38 @@ def test_a_cache_that_holds_all_reads_each_neuron_once(demo_bundle: Path) -> Non
         assert model.reader.stats.bundles == before + read
 
 
+def test_a_prompt_leaves_in_the_cache_what_its_last_tokens_used(demo_bundle: Path) -> None:
+    with cached(demo_bundle, PLENTY, mode="exact") as model:
+        model.logits(PROMPT)
+        before = model.reader.stats.bundles
+        step_by_step(model, PROMPT)
+        assert model.reader.stats.bundles == before
+    memory = least_memory(demo_bundle, mode="exact", tokens=64) + (1 << 19)
+    with cached(demo_bundle, memory, mode="exact") as model:
+        seen = model.decoder.new_cache()
+        model.decoder.forward(PROMPT, seen)
+        held = [set(cache.neurons.tolist()) for cache in model.caches if cache]
+        used: list[set[int]] = []
+        model.decoder.observe(lambda group, x, a: used.append(set(np.flatnonzero(a[-1]).tolist())))
+        model.decoder.forward(PROMPT, model.decoder.new_cache())
+        for last, cache in zip(used, held, strict=True):
+            assert last <= cache or not cache - last  # nothing else where not all of it fits
+
+
+@pytest.mark.parametrize("mode", ["predict", "topk"])
+def test_reading_ahead_changes_no_token(demo_bundle: Path, mode: str) -> None:
+    options = {"mode": mode, "memory": PLENTY, "tokens": 64}
+    assert text(demo_bundle, **options) == text(demo_bundle, ahead=False, **options)
+
+
+def test_what_is_read_ahead_is_mostly_used(demo_bundle: Path) -> None:
+    with cached(demo_bundle, PLENTY, mode="predict") as model:
+        model.generate(PROMPT, 48)
+        ahead = sum(cache.stats.ahead for cache in model.caches if cache)
+        used = sum(cache.stats.ahead_used for cache in model.caches if cache)
+        assert used >= (1 - MOST_WASTED) * ahead > 0
+
+
 def test_a_limit_with_no_room_for_a_cache_still_computes(demo_bundle: Path) -> None:
     memory = least_memory(demo_bundle, mode="exact", tokens=64)
     with cached(demo_bundle, memory + (1 << 16), mode="exact") as model:
@@ -113,9 +146,23 @@ def test_topk_of_all_neurons_is_dense_and_of_some_reads_less(small_bundle: Path)
         assert model.reader.stats.bundles - before == 2 * round(neurons / 4)
 
 
-def test_predict_is_refused_where_there_is_no_predictor(demo_bundle: Path) -> None:
-    with pytest.raises(UsageError, match=r"layer 0.*train-predictors"):
-        bundlefmt.load_model(demo_bundle, mode="predict")
+def test_predict_is_refused_for_an_activation_without_zeros(small_bundle: Path) -> None:
+    with pytest.raises(UsageError, match=r"layer 0.*exact zeros"):
+        bundlefmt.load_model(small_bundle, mode="predict")
+
+
+def test_predictors_that_need_no_training_find_most_of_what_is_active(demo_bundle: Path) -> None:
+    """Where the file has none, mode predict makes them of the weights and drawn inputs alone."""
+    with bundlefmt.load_model(demo_bundle) as model:
+        dense = model.logits(PROMPT)
+    with bundlefmt.load_model(demo_bundle, mode="predict") as model:
+        before = model.reader.stats.bundles
+        found = step_by_step(model, PROMPT)
+        read = model.reader.stats.bundles - before
+        neurons = sum(group.neurons for group in model.file.groups)
+    assert read < 0.5 * neurons * len(PROMPT)
+    off = np.linalg.norm(found - dense) / np.linalg.norm(dense)
+    assert off < 0.1
 
 
 @pytest.mark.parametrize("memory", [None, PLENTY])

@@ -14,10 +14,11 @@ from safetensors.numpy import save_file
 
 import bundlefmt
 from bundlefmt import kernels
+from bundlefmt.reader import Reader
 from bundlefmt.runtime.attention import AttentionLayer
 from bundlefmt.runtime.config import decoder_config
-from bundlefmt.runtime.ffn import FfnLayer, Streamer
 from bundlefmt.runtime.generate import Model
+from bundlefmt.runtime.streamer import Streamer
 from bundlefmt.storage.buffers import aligned_empty
 from tests.conftest import FIXTURES, SHARED
 from tests.references import openelm
@@ -148,13 +149,18 @@ def test_the_ffn_of_a_parallel_block_reads_before_attention_runs(
     case: str, order: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called: list[str] = []
-    for kind, name in ((FfnLayer, "ffn"), (AttentionLayer, "attention")):
+    attend, submit = AttentionLayer.__call__, Reader.submit
 
-        def noted(self: Any, *inputs: Any, name: str = name, call: Any = kind.__call__) -> Any:
-            called.append(name)
-            return call(self, *inputs)
+    def noted_attention(self: AttentionLayer, *inputs: Any) -> Any:
+        called.append("attention")
+        return attend(self, *inputs)
 
-        monkeypatch.setattr(kind, "__call__", noted)
+    def noted_reads(self: Reader, *inputs: Any, **named: Any) -> Any:
+        called.append("ffn")
+        return submit(self, *inputs, **named)
+
+    monkeypatch.setattr(AttentionLayer, "__call__", noted_attention)
+    monkeypatch.setattr(Reader, "submit", noted_reads)
     with bundlefmt.load_model(packed(case, tmp_path)) as model:
         model.logits([50])
     assert called == order

@@ -15,6 +15,8 @@ from bundlefmt.flash.policies import Policy
 Ids = NDArray[np.int64]
 Slots = NDArray[np.int64]
 
+_NONE: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
 
 @dataclass
 class CacheStats:
@@ -24,6 +26,8 @@ class CacheStats:
     misses: int = 0
     evictions: int = 0
     passed: int = 0  # misses for which there was no slot
+    ahead: int = 0  # neurons read before it was known that they were needed
+    ahead_used: int = 0  # of them, those that were
 
     @property
     def hit_rate(self) -> float:
@@ -34,11 +38,14 @@ class CacheStats:
 
 class Admission(NamedTuple):
     """What a token's neurons meet in the cache: those at the positions `held` of the ids that were
-    asked for lie in the slots `held_slots`; those at `missing` are to be read into
-    `missing_slots`; those at `passed` find no room and are to be read elsewhere."""
+    asked for lie in the slots `held_slots`; those at `coming` were expected, and are being read
+    into `coming_slots`; those at `missing` are to be read into `missing_slots`; those at `passed`
+    find no room and are to be read elsewhere."""
 
     held: Ids
     held_slots: Slots
+    coming: Ids
+    coming_slots: Slots
     missing: Ids
     missing_slots: Slots
     passed: Ids
@@ -49,7 +56,8 @@ class NeuronCache:
 
     `rows`, uint8 [slots, stride], is the memory. A token first asks for its neurons (`admit`),
     then reads the missing ones into their slots, then says so (`commit`); before that they are not
-    in the cache, so a read that fails leaves nothing behind.
+    in the cache, so a read that fails leaves nothing behind. Neurons that it will probably use can
+    be read before that (`expect`, then `arrived`), and what a prompt has used be put in (`offer`).
     """
 
     def __init__(self, neurons: int, rows: NDArray[np.uint8], policy: Policy) -> None:
@@ -59,6 +67,8 @@ class NeuronCache:
         self._slot_of = np.full(neurons, -1, dtype=np.int32)
         self._neuron_in = np.full(rows.shape[0], -1, dtype=np.int32)
         self._token = 0
+        self._expected = _NONE, _NONE
+        self._expected_slot_of = np.full(neurons, -1, dtype=np.int32)
 
     @property
     def neurons(self) -> Ids:
@@ -71,21 +81,92 @@ class NeuronCache:
         self._token += 1
         self._expire()
         slots = self._slot_of[ids].astype(np.int64)
+        ahead = self._expected_slot_of[ids].astype(np.int64)
         held = np.flatnonzero(slots >= 0)
-        missing = np.flatnonzero(slots < 0)
+        coming = np.flatnonzero(ahead >= 0)
+        missing = np.flatnonzero((slots < 0) & (ahead < 0))
         held_slots = slots[held]
         self._policy.touch(held_slots, self._token)
         room = self._make_room(missing.size, held_slots)
         self.stats.hits += held.size
-        self.stats.misses += missing.size
+        self.stats.misses += coming.size + missing.size
         self.stats.passed += missing.size - room.size
-        return Admission(held, held_slots, missing[: room.size], room, missing[room.size :])
+        self.stats.ahead_used += coming.size
+        return Admission(
+            held,
+            held_slots,
+            coming,
+            ahead[coming],
+            missing[: room.size],
+            room,
+            missing[room.size :],
+        )
+
+    def absent(self, ids: Ids) -> Ids:
+        """Those of different neurons that are not in the cache."""
+        return ids[self._slot_of[ids] < 0]
+
+    def expect(self, ids: Ids) -> tuple[Ids, Slots]:
+        """Make room for those of the different neurons that are not in the cache, before the next
+        token asks: as many of them as there is room for, and the slots to read them into. What was
+        expected before and has not arrived is no longer expected."""
+        self.forget_expected()
+        absent = self.absent(ids)
+        slots = self._slot_of[ids].astype(np.int64)
+        room = self._make_room(absent.size, slots[slots >= 0])
+        expected = absent[: room.size]
+        self._expected = expected, room
+        self._expected_slot_of[expected] = room
+        self.stats.ahead += room.size
+        return self._expected
+
+    def arrived(self, admission: Admission) -> None:
+        """What was expected has been read; the token that was admitted uses some of it."""
+        ids, slots = self._expected
+        self.forget_expected()
+        self._hold(ids, slots, self._token - 1)
+        self._policy.fill(admission.coming_slots, self._token)
+
+    def forget_expected(self) -> None:
+        """What was expected does not come, and its slots are empty."""
+        self._expected_slot_of[self._expected[0]] = -1
+        self._expected = _NONE, _NONE
+
+    def advance(self, tokens: int) -> None:
+        """So many tokens go by without asking: a prompt's."""
+        self._token += tokens
+        self._expire()
+
+    def offer(self, ids: Ids, ages: Ids) -> tuple[Ids, Slots]:
+        """Different neurons whose bundles are at hand, last used `ages` tokens ago: the positions
+        of those to be copied, and into which slots; they take what is empty, and what is worth
+        less than they are. The cache holds them from now on."""
+        tokens = self._token - ages
+        slots = self._slot_of[ids].astype(np.int64)
+        present = slots >= 0
+        self._policy.touch(slots[present], tokens[present])
+        best = np.flatnonzero(~present)
+        best = best[np.argsort(-tokens[best], kind="stable")]
+        empty = np.flatnonzero(self._neuron_in < 0)
+        filled = np.flatnonzero(self._neuron_in >= 0)
+        filled = filled[np.argsort(self._policy.worth[filled], kind="stable")]
+        worth = self._policy.worth_when_filled(tokens[best[empty.size :]])
+        rivals = min(worth.size, filled.size)
+        better = worth[:rivals] > self._policy.worth[filled[:rivals]]
+        room = np.concatenate([empty, filled[:rivals][better]])[: best.size]
+        best = best[: room.size]
+        self._empty(room[self._neuron_in[room] >= 0])
+        self._hold(ids[best], room, tokens[best])
+        return best, room
 
     def commit(self, ids: Ids, slots: Slots) -> None:
         """The bundles of these neurons have been read into these slots, which `admit` gave."""
+        self._hold(ids, slots, self._token)
+
+    def _hold(self, ids: Ids, slots: Slots, token: int | Ids) -> None:
         self._slot_of[ids] = slots
         self._neuron_in[slots] = ids
-        self._policy.fill(slots, self._token)
+        self._policy.fill(slots, token)
 
     def _expire(self) -> None:
         expired = self._policy.expired(self._token)
@@ -95,7 +176,9 @@ class NeuronCache:
     def _make_room(self, count: int, kept: Slots) -> Slots:
         """Up to `count` empty slots: what is empty first, then what is worth least, but none of
         those `kept`."""
-        empty = np.flatnonzero(self._neuron_in < 0)[:count]
+        vacant = self._neuron_in < 0
+        vacant[self._expected[1]] = False
+        empty = np.flatnonzero(vacant)[:count]
         wanted = count - empty.size
         if not wanted:
             return empty

@@ -16,6 +16,7 @@ from bundlefmt.errors import UsageError
 _HALF_LIFE = 64  # tokens after which LFU forgets half of what it has counted
 
 Slots = NDArray[np.int64]
+Tokens = NDArray[np.int64]
 
 
 class Policy(Protocol):
@@ -24,11 +25,14 @@ class Policy(Protocol):
     name: ClassVar[str]
     worth: NDArray[np.int64]
 
-    def touch(self, slots: Slots, token: int) -> None:
-        """The token uses these slots, which were filled before."""
+    def touch(self, slots: Slots, token: int | Tokens) -> None:
+        """The token, or one for each of the slots, uses these slots, which were filled before."""
 
-    def fill(self, slots: Slots, token: int) -> None:
-        """The token has these slots filled anew."""
+    def fill(self, slots: Slots, token: int | Tokens) -> None:
+        """These slots are filled anew, for that token, or each for one of its own."""
+
+    def worth_when_filled(self, tokens: Tokens) -> NDArray[np.int64]:
+        """What slots would be worth if they were filled for these tokens."""
 
     def expired(self, token: int) -> NDArray[np.bool_] | None:
         """Which slots are to be freed though nobody needs them; None for none."""
@@ -42,10 +46,13 @@ class Lru:
     def __init__(self, slots: int) -> None:
         self.worth = np.zeros(slots, dtype=np.int64)
 
-    def touch(self, slots: Slots, token: int) -> None:
+    def touch(self, slots: Slots, token: int | Tokens) -> None:
         self.worth[slots] = token
 
     fill = touch
+
+    def worth_when_filled(self, tokens: Tokens) -> NDArray[np.int64]:
+        return tokens
 
     def expired(self, token: int) -> NDArray[np.bool_] | None:
         return None
@@ -77,18 +84,22 @@ class Lfu:
         self.worth = np.zeros(slots, dtype=np.int64)
         self._faded = 0
 
-    def touch(self, slots: Slots, token: int) -> None:
+    def touch(self, slots: Slots, token: int | Tokens) -> None:
         self._fade(token)
         self.worth[slots] += 2
 
-    def fill(self, slots: Slots, token: int) -> None:
+    def fill(self, slots: Slots, token: int | Tokens) -> None:
         self._fade(token)
         self.worth[slots] = 2
+
+    def worth_when_filled(self, tokens: Tokens) -> NDArray[np.int64]:
+        return np.full(tokens.size, 2)
 
     def expired(self, token: int) -> NDArray[np.bool_] | None:
         return None
 
-    def _fade(self, token: int) -> None:
-        if token - self._faded >= _HALF_LIFE:
+    def _fade(self, token: int | Tokens) -> None:
+        latest = int(np.max(token, initial=0))
+        if latest - self._faded >= _HALF_LIFE:
             self.worth >>= 1
-            self._faded = token
+            self._faded = latest

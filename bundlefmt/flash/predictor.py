@@ -13,7 +13,7 @@ u @ x = 1 for every x (nearly so for other inputs), which becomes one row of `a`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -26,8 +26,12 @@ from bundlefmt.file import BundleFile
 from bundlefmt.kernels import Floats
 from bundlefmt.layout.encodings import numbers_in
 from bundlefmt.layout.header import Group
+from bundlefmt.layout.header import Predictor as Entry
 from bundlefmt.reader import Reader
 
+RANK = 128  # of a predictor, where nobody says; the paper's for most of its layers
+RECALL = 0.95  # likewise
+SAMPLES = 1024  # inputs that an untrained predictor draws
 TOKENS = 512  # scored at a time: tokens x neurons of float32 are 64 MiB for 32768 neurons
 _OVERSAMPLING = 16  # of the randomised range finder (Halko, Martinsson, Tropp 2011)
 _POWER_ITERATIONS = 2
@@ -110,12 +114,20 @@ def calibrated(predictor: Predictor, samples: Iterable[Sample], recall: float) -
         return replace(predictor, threshold=float(1 / (1 + np.exp(-np.float64(cut)))))
 
 
-def load(file: BundleFile, group: Group) -> Predictor | None:
-    """The predictor of a group that the file carries; None where none was trained."""
+def trained(file: BundleFile, group: Group) -> Entry | None:
+    """The header's entry of the predictor that the file carries for a group; None for none."""
     for entry in file.header.predictors:
         if (entry.layer, entry.expert) == (group.layer, group.expert):
-            return Predictor(file.tensor(entry.a), file.tensor(entry.b), entry.threshold)
+            return entry
     return None
+
+
+def load(file: BundleFile, group: Group) -> Predictor | None:
+    """The predictor of a group that the file carries; None where none was trained."""
+    entry = trained(file, group)
+    if entry is None:
+        return None
+    return Predictor(file.tensor(entry.a), file.tensor(entry.b), entry.threshold)
 
 
 class Selector(NamedTuple):
@@ -171,6 +183,25 @@ def untrained(selector: Selector, inputs: Floats, rank: int, recall: float) -> P
     b = np.concatenate([basis * scale, middle[:, None]], axis=1) * (_PROBIT / errors)[:, None]
     halves = Predictor(a.astype(np.float16), b.astype(np.float16), 0.5)
     return calibrated(halves, _sampled(selector, inputs), recall)
+
+
+def untrained_on_random(selector: Selector, like: Callable[[Floats], Floats]) -> Predictor:
+    """An untrained predictor from no sample at all: its inputs are `like` (the norm before the FFN)
+    of normally distributed ones, SAMPLES of them."""
+    width = selector.weights.shape[1]
+    drawn = np.random.default_rng(_SEED).standard_normal((SAMPLES, width), dtype=np.float32)
+    return untrained(selector, like(drawn), min(RANK, width), RECALL)
+
+
+def predictor_bytes(group: Group) -> int:
+    """What an untrained predictor takes of memory."""
+    return 2 * min(RANK, group.d_model) * (group.d_model + group.neurons)
+
+
+def untrained_bytes(group: Group) -> int:
+    """Memory that `untrained_on_random` takes besides while it computes: the selector widened, and
+    a few matrices of outputs."""
+    return 4 * group.neurons * (group.d_model + 4 * SAMPLES)
 
 
 def _sampled(selector: Selector, inputs: Floats) -> Iterator[Sample]:

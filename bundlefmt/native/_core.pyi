@@ -53,6 +53,10 @@ class Batch:
     def latencies(self) -> list[int]: ...
     @property
     def bytes_read(self) -> int: ...
+    @property
+    def finished(self) -> int:
+        """When the last read was done, in ns on the monotonic clock; 0 before that."""
+
     def wait(self) -> tuple[str, int, int, int, int, int] | None:
         """None, or what failed first, once nothing is in flight: (`failed`, `ended` or `damaged`,
         request, errno, bytes that came, bundle, its digest)."""

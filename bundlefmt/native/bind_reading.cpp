@@ -53,6 +53,7 @@ class Submitted {
   }
 
   int64_t bytes_read() const { return batch_->bytes_read; }
+  int64_t finished() const { return batch_->finished; }
 
   nb::list latencies() {
     nb::list found;
@@ -133,7 +134,8 @@ void bind_reading(nb::module_& module) {
   nb::class_<Submitted>(module, "Batch")
       .def("wait", &Submitted::wait)
       .def_prop_ro("latencies", &Submitted::latencies)
-      .def_prop_ro("bytes_read", &Submitted::bytes_read);
+      .def_prop_ro("bytes_read", &Submitted::bytes_read)
+      .def_prop_ro("finished", &Submitted::finished);
   nb::class_<BoundEngine>(module, "Engine")
       .def(nb::init<const std::string&, int, int, int64_t, int64_t, std::optional<Memory>>(),
            "kind"_a, "fd"_a, "count"_a, "offset_alignment"_a = 1, "memory_alignment"_a = 1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from bundlefmt import kernels
@@ -11,10 +11,13 @@ from bundlefmt.errors import UsageError
 from bundlefmt.file import BundleFile
 from bundlefmt.flash.cache import NeuronCache
 from bundlefmt.kernels import Floats
+from bundlefmt.layout.header import Group
 from bundlefmt.runtime.attention import AttentionLayer, LayerCache
+from bundlefmt.runtime.clock import Clock
 from bundlefmt.runtime.config import DecoderConfig
-from bundlefmt.runtime.ffn import FfnLayer, Observer, Streamer
-from bundlefmt.runtime.selection import Selecting
+from bundlefmt.runtime.ffn import FfnLayer, Observer
+from bundlefmt.runtime.selection import Selecting, Selection
+from bundlefmt.runtime.streamer import Streamer
 from bundlefmt.runtime.weights import Norm, Weights
 
 
@@ -41,8 +44,13 @@ class Decoder:
         streamer: Streamer,
         selecting: Selecting,
         caches: Sequence[NeuronCache | None],
+        *,
+        ahead: bool = True,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.config = config
+        self.clock = Clock()
+        self._ahead = ahead
         weights = Weights(file, config)
         self._project_in = weights.projection("project_in")
         self._project_out = weights.projection("project_out")
@@ -51,15 +59,15 @@ class Decoder:
         self._norm = weights.norm("norm", config.d_model) if config.final_norm else None
         self._head = weights.head(self._embed)
         ffn_norm = "ffn_norm" if "ffn_norm" in config.names else "attention_norm"
-        self._layers = [
-            Layer(
-                weights.norm("attention_norm", config.d_model, i),
-                AttentionLayer(config, weights, i),
-                weights.norm(ffn_norm, config.d_model, i),
-                FfnLayer(file, file.group(i), streamer, selecting, caches[i]),
-            )
-            for i in range(len(config.layers))
-        ]
+        self._layers: list[Layer] = []
+        for i in range(len(config.layers)):
+            progress(i, len(config.layers))
+            first = weights.norm("attention_norm", config.d_model, i)
+            attention = AttentionLayer(config, weights, i)
+            second = weights.norm(ffn_norm, config.d_model, i)
+            fed = second if config.norm_first else first
+            ffn = FfnLayer(file, file.group(i), streamer, selecting, fed, self.clock, caches[i])
+            self._layers.append(Layer(first, attention, second, ffn))
 
     @property
     def vocabulary(self) -> int:
@@ -71,6 +79,12 @@ class Decoder:
         for layer in self._layers:
             layer.ffn.observer = observer
 
+    def select_by(self, make: Callable[[Group, Selection], Selection]) -> None:
+        """From now on every FFN takes the neurons that make(group, selection so far) selects: a
+        recorded trace's, say."""
+        for layer in self._layers:
+            layer.ffn.select_by(make)
+
     def new_cache(self, tokens: int = 16) -> list[LayerCache]:
         """An empty key/value cache, with room for that many tokens."""
         return [layer.attention.new_cache(tokens) for layer in self._layers]
@@ -79,33 +93,46 @@ class Decoder:
         """Hidden states float32 [tokens, width of the head] of tokens that follow the cache."""
         before = cache[0].length
         tokens = self.check(ids, before + len(ids))
+        self.clock.start()
         x = kernels.widened(self._embed[tokens])
         if self._project_in is not None:
             x = self._project_in(x)
         if self._positions is not None and self.config.position_offset is not None:
             start = before + self.config.position_offset
             x = x + kernels.widened(self._positions[start : start + len(tokens)])
+        self.clock.lap("head")
         for layer, seen in zip(self._layers, cache, strict=True):
             x = self._block(layer, x, seen)
         if self._norm is not None:
             x = self._norm(x)
-        return x if self._project_out is None else self._project_out(x)
+        x = x if self._project_out is None else self._project_out(x)
+        self.clock.lap("head")
+        return x
 
     def _block(self, layer: Layer, x: Floats, seen: LayerCache) -> Floats:
         """x [tokens, d_model] after one layer."""
+        index = layer.ffn.group.layer
+        first = self.config.norm_first
         if self.config.parallel:
             # The FFN's input is known before attention runs, so its reads come first.
-            fed = layer.ffn(layer.ffn_norm(x))
-            return x + fed + layer.attention(layer.attention_norm(x), seen)
-        first = self.config.norm_first
+            fed = layer.ffn.begin(layer.ffn_norm(x))
+            mixed = layer.attention(layer.attention_norm(x), seen)
+            self.clock.lap("attention", index)
+            return x + fed() + mixed
+        if self._ahead and first:
+            layer.ffn.read_ahead(layer.ffn_norm(x))
         x = x + layer.attention(layer.attention_norm(x) if first else x, seen)
         x = x if first else layer.attention_norm(x)
+        self.clock.lap("attention", index)
         x = x + layer.ffn(layer.ffn_norm(x) if first else x)
         return x if first else layer.ffn_norm(x)
 
     def logits(self, hidden: Floats) -> Floats:
         """Hidden states [tokens, width] -> float32 [tokens, vocabulary]."""
-        return self._head(hidden)
+        self.clock.start()
+        logits = self._head(hidden)
+        self.clock.lap("head")
+        return logits
 
     def check(self, ids: Sequence[int], count: int) -> list[int]:
         """The ids as plain integers. Raises UsageError unless they are tokens of the model and

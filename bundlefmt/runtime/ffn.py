@@ -1,10 +1,12 @@
-"""The FFN from flash: bundles are read while those that came before are computed.
+"""The FFN from flash: what is in memory is computed while the rest is being read.
 
 y = sum over neurons i of  down_i * act(gate_i . x) * (up_i . x)     with a gate
                            down_i * act(up_i . x)                    without
 
 Tokens made one at a time go through the neuron cache, where there is one: what it holds is
-computed while the rest is being read into it. Everything else is streamed past it.
+computed while the rest is being read into it. Reads begin as soon as anything is known of the
+neurons: in a parallel block before attention, elsewhere with a guess (`read_ahead`). The many
+tokens of a prompt stream a layer's neurons past the cache, and leave in it what they used last.
 """
 
 from __future__ import annotations
@@ -16,14 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundlefmt import kernels
-from bundlefmt.errors import BundleError, FormatError, UsageError
+from bundlefmt.errors import BundleError, FormatError
 from bundlefmt.file import BundleFile
 from bundlefmt.flash import predictor
-from bundlefmt.flash.cache import NeuronCache
+from bundlefmt.flash.cache import Admission, NeuronCache
 from bundlefmt.flash.predictor import Predictor
+from bundlefmt.flash.readahead import ReadAhead
 from bundlefmt.kernels import Floats
 from bundlefmt.layout.header import Group, Part
-from bundlefmt.reader import Bundles, Pending, Reader
+from bundlefmt.reader import Bundles, Pending
+from bundlefmt.runtime.clock import Clock
 from bundlefmt.runtime.selection import (
     Dense,
     Exact,
@@ -35,52 +39,11 @@ from bundlefmt.runtime.selection import (
     TopK,
     check,
 )
-from bundlefmt.storage.buffers import aligned_empty
+from bundlefmt.runtime.streamer import Streamer
+from bundlefmt.runtime.weights import Norm
 
 # Told of an FFN's inputs x [tokens, d_model] and activations [tokens, neurons].
 Observer = Callable[[Group, Floats, Floats], None]
-
-# Bytes of bundles in flight, and as many being computed. Large enough for several reads per
-# thread; small beside any model.
-CHUNK_BYTES = 8 << 20
-
-
-class Streamer:
-    """Streams bundles through two buffers: one is filled while the other is used."""
-
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
-        self._buffers = [aligned_empty(CHUNK_BYTES) for _ in range(2)]
-
-    def bundles(
-        self, group: Group, ids: Ids, known: NDArray[np.uint8] | None = None
-    ) -> Iterator[Bundles]:
-        """The bundles of `ids`, in that order, some at a time; each piece is good until the next
-        is asked for. `known` as in `Reader.read`."""
-        step = max(CHUNK_BYTES // group.stride, 1)
-        pending: list[Pending] = []
-        try:
-            for turn, start in enumerate(range(0, ids.size, step)):
-                piece = ids[start : start + step]
-                out = self._buffer(turn % 2, piece.size, group.stride)
-                pending.append(
-                    self.reader.submit(
-                        group.layer, piece, expert=group.expert, out=out, known=known
-                    )
-                )
-                if turn:
-                    yield pending.pop(0).result()
-            while pending:
-                yield pending.pop(0).result()
-        finally:  # whoever stops early leaves no read behind that fills a buffer later
-            for batch in pending:
-                with suppress(BundleError):
-                    batch.result()
-
-    def _buffer(self, index: int, count: int, stride: int) -> NDArray[np.uint8]:
-        if count * stride > self._buffers[index].nbytes:  # one bundle larger than the buffer
-            self._buffers[index] = aligned_empty(count * stride)
-        return self._buffers[index][: count * stride].reshape(count, stride)
 
 
 class FfnLayer:
@@ -93,6 +56,8 @@ class FfnLayer:
         group: Group,
         streamer: Streamer,
         selecting: Selecting,
+        norm: Norm,
+        clock: Clock,
         cache: NeuronCache | None = None,
     ) -> None:
         self._parts: dict[str, Part] = {part.name: part for part in group.parts}
@@ -102,8 +67,11 @@ class FfnLayer:
             )
         self.group = group
         self.cache = cache
-        self._streamer = streamer
         self.observer: Observer | None = None
+        self._streamer = streamer
+        self._clock = clock
+        self._ahead = ReadAhead(group.neurons)
+        self._early: Pending | None = None  # reads that were begun before their neurons were known
         order = file.order(group)
         self._all: Ids = np.arange(group.neurons) if order is None else order.astype(np.int64)
         self._act = kernels.activation(group)
@@ -122,7 +90,7 @@ class FfnLayer:
         self._selector = group.parts[0]
         self._gated = self._selector.name == "gate"
         self._known: NDArray[np.uint8] | None = None  # first bytes of every bundle, if in DRAM
-        self._select = self._selection(file, selecting)
+        self._select = self._selection(file, selecting, norm)
         self._slot_biases = {
             name: np.zeros(0 if cache is None else cache.rows.shape[0], dtype=np.float32)
             for name in self._neuron_biases
@@ -130,53 +98,152 @@ class FfnLayer:
 
     def __call__(self, x: Floats) -> Floats:
         """x [tokens, d_model] -> float32 [tokens, d_model]."""
-        selected = self._select(x)
-        if self.cache is not None and x.shape[0] == 1 and self.observer is None:
-            y = self._through_cache(x, selected, self.cache)
-        else:
-            y = self._streamed(x, selected)
-        return y if self._output_bias is None else y + self._output_bias
+        return self.begin(x)()
 
-    def _through_cache(self, x: Floats, selected: Selected, cache: NeuronCache) -> Floats:
+    def select_by(self, make: Callable[[Group, Selection], Selection]) -> None:
+        """From now on the neurons are those that make(group, selection so far) selects."""
+        self._select = make(self.group, self._select)
+
+    def read_ahead(self, x: Floats) -> None:
+        """Begin to read what a token probably needs, with what the FFN's input would be if the
+        attention before it added nothing."""
+        if not self._takes_cache(x) or self.cache is None:
+            return
+        guess = self._select.guess(x)
+        if guess is not None:
+            self._ahead.guess(self.cache.absent(guess))
+        self._clock.lap("predict", self.group.layer)
+        if guess is not None and self._ahead.pays:
+            self._drop_early()
+            expected, slots = self.cache.expect(guess)
+            self._early = self._submit(expected, self.cache.rows, slots)
+            self._clock.lap("manage", self.group.layer)
+
+    def begin(self, x: Floats) -> Callable[[], Floats]:
+        """Choose the neurons for x [tokens, d_model], and begin to read them; what is returned
+        computes: float32 [tokens, d_model]."""
+        selected = self._select(x)
+        self._clock.lap("predict", self.group.layer)
+        if self.cache is None or not self._takes_cache(x):
+            pieces = self._streamer.bundles(self.group, selected.ids, self._known)
+            return lambda: self._biased(self._streamed(x, selected, pieces))
+        cache = self.cache
+        self._ahead.learn(selected.ids)
         admission = cache.admit(selected.ids)
         missing = selected.ids[admission.missing]
-        pending = self._streamer.reader.submit(
+        pending = self._submit(missing, cache.rows, admission.missing_slots)
+        self._clock.lap("manage", self.group.layer)
+        return lambda: self._biased(
+            self._through_cache(x, selected, cache, admission, missing, pending)
+        )
+
+    def _takes_cache(self, x: Floats) -> bool:
+        return x.shape[0] == 1 and self.observer is None
+
+    def _biased(self, y: Floats) -> Floats:
+        return y if self._output_bias is None else y + self._output_bias
+
+    def _submit(self, ids: Ids, rows: NDArray[np.uint8], slots: Ids) -> Pending:
+        return self._streamer.reader.submit(
             self.group.layer,
-            missing,
+            ids,
             expert=self.group.expert,
-            out=cache.rows,
-            rows=admission.missing_slots,
+            out=rows,
+            rows=slots,
             known=self._known,
         )
-        held = _some(selected, admission.held)
-        y = self._sum(x, held, cache.rows, admission.held_slots, self._slot_biases)
-        pending.result()
-        for name, biases in self._slot_biases.items():
-            biases[admission.missing_slots] = self._neuron_biases[name][missing]
+
+    def _through_cache(
+        self,
+        x: Floats,
+        selected: Selected,
+        cache: NeuronCache,
+        admission: Admission,
+        missing: Ids,
+        pending: Pending,
+    ) -> Floats:
+        """What is held is computed while the rest comes: first what was expected, then what was
+        not."""
+        clock, layer = self._clock, self.group.layer
+
+        def sum_of(which: Ids, slots: Ids) -> Floats:
+            y = self._sum(x, _some(selected, which), cache.rows, slots, self._slot_biases)
+            clock.lap("ffn", layer)
+            return y
+
+        y = sum_of(admission.held, admission.held_slots)
+        if self._early is not None:
+            self._arrive(self._early)
+            self._early = None
+            cache.arrived(admission)
+            clock.lap("manage", layer)
+            y += sum_of(admission.coming, admission.coming_slots)
+        self._arrive(pending)
         cache.commit(missing, admission.missing_slots)
-        read = _some(selected, admission.missing)
-        y += self._sum(x, read, cache.rows, admission.missing_slots, self._slot_biases)
+        clock.lap("manage", layer)
+        y += sum_of(admission.missing, admission.missing_slots)
         if admission.passed.size:
-            y += self._streamed(x, _some(selected, admission.passed))
+            passed = _some(selected, admission.passed)
+            y += self._streamed(
+                x, passed, self._streamer.bundles(self.group, passed.ids, self._known)
+            )
         return y
 
-    def _streamed(self, x: Floats, selected: Selected) -> Floats:
+    def _arrive(self, pending: Pending) -> None:
+        """Wait for reads."""
+        bundles = pending.result()
+        self._clock.lap("wait", self.group.layer)
+        self._clock.read(self.group.layer, pending.span)
+        self._fill_biases(bundles.neurons, bundles.rows)
+
+    def _drop_early(self) -> None:
+        """Nobody came for what was read ahead: an error was raised meanwhile."""
+        if self._early is not None:
+            with suppress(BundleError):
+                self._early.result()
+            self._early = None
+
+    def _fill_biases(self, neurons: Ids, slots: Ids) -> None:
+        for name, biases in self._slot_biases.items():
+            biases[slots] = self._neuron_biases[name][neurons]
+
+    def _streamed(self, x: Floats, selected: Selected, pieces: Iterator[Bundles]) -> Floats:
+        """The sum over selected neurons, read past the cache; those that a prompt uses last go into
+        it as they come by."""
         y = np.zeros((x.shape[0], self.group.d_model), dtype=np.float32)
         seen = None
         if self.observer is not None:
             seen = np.zeros((x.shape[0], self.group.neurons), dtype=np.float32)
+        keeps = self.cache is not None and x.shape[0] > 1 and self.observer is None
+        if keeps and self.cache is not None:
+            self.cache.advance(x.shape[0])
         done = 0
-        for bundles in self._streamer.bundles(self.group, selected.ids, self._known):
+        for bundles in pieces:
+            self._clock.lap("wait", self.group.layer)
             biases = {name: bias[bundles.neurons] for name, bias in self._neuron_biases.items()}
             some = _some(selected, slice(done, done + bundles.neurons.size))
-            if seen is not None:
+            if seen is not None or keeps:
                 some = self._activated(x, some, bundles.raw, biases)
+            if seen is not None:
                 seen[:, bundles.neurons] = some.activations
             y += self._sum(x, some, bundles.raw, None, biases)
+            self._clock.lap("ffn", self.group.layer)
+            if keeps and some.activations is not None:
+                self._keep(bundles, some.activations)
+                self._clock.lap("manage", self.group.layer)
             done += bundles.neurons.size
         if self.observer is not None and seen is not None:
             self.observer(self.group, x, seen)
         return y
+
+    def _keep(self, bundles: Bundles, activations: Floats) -> None:
+        """Offer the cache bundles that are at hand, by the last of the tokens that uses each."""
+        assert self.cache is not None
+        used = activations[::-1] != 0
+        some = np.flatnonzero(used.any(axis=0))
+        kept, slots = self.cache.offer(bundles.neurons[some], used[:, some].argmax(axis=0))
+        self.cache.rows[slots] = bundles.raw[some[kept]]
+        self._fill_biases(bundles.neurons[some[kept]], slots)
 
     def _sum(
         self,
@@ -225,12 +292,12 @@ class FfnLayer:
             pre = kernels.biased_products(x, held)
         return Selected(selected.ids, self._act(pre))
 
-    def _selection(self, file: BundleFile, selecting: Selecting) -> Selection:
+    def _selection(self, file: BundleFile, selecting: Selecting, norm: Norm) -> Selection:
         check(selecting.mode, self.group)
         if selecting.mode == "dense":
             return Dense(self._all)
         if selecting.mode == "predict":
-            return Predicted(self._all, self._predictor(file))
+            return Predicted(self._all, self._predictor(file, norm))
         selector = kernels.Part(
             self._hold_selector(),
             self._selector.encoding,
@@ -240,13 +307,12 @@ class FfnLayer:
             return TopK(self._all, selector, self._act, selecting.share)
         return Exact(self._all, selector, self._act)
 
-    def _predictor(self, file: BundleFile) -> Predictor:
+    def _predictor(self, file: BundleFile, norm: Norm) -> Predictor:
+        """The file's own; where it has none, one that needs no training."""
         found = predictor.load(file, self.group)
         if found is None:
-            raise UsageError(
-                "mode predict needs a predictor: bundlefmt train-predictors adds one",
-                field=self.group.label,
-            )
+            selector = predictor.read_selector(file, self._streamer.reader, self.group)
+            found = predictor.untrained_on_random(selector, norm.__call__)
         return found
 
     def _hold_selector(self) -> NDArray[np.uint8]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +18,12 @@ from bundlefmt.file import BundleFile
 from bundlefmt.flash.budget import Budget
 from bundlefmt.reader import Reader
 from bundlefmt.runtime.attention import LayerCache
+from bundlefmt.runtime.clock import Clock
 from bundlefmt.runtime.config import decoder_config, eos_of
 from bundlefmt.runtime.decoder import Decoder
-from bundlefmt.runtime.ffn import Streamer
 from bundlefmt.runtime.memory import Caches, Caching, make_caches, plan
 from bundlefmt.runtime.selection import Selecting
+from bundlefmt.runtime.streamer import Streamer
 from bundlefmt.storage.backends import DEFAULT_QUEUE_DEPTH, DEFAULT_THREADS
 
 
@@ -59,6 +60,8 @@ class Model:
         verify: bool,
         threads: int,
         queue_depth: int,
+        ahead: bool,
+        progress: Callable[[int, int], None],
     ) -> None:
         self.mode = selecting.mode
         self.budget: Budget | None = None
@@ -83,7 +86,13 @@ class Model:
                 )
             )
             self.decoder = Decoder(
-                config, self.file, Streamer(self.reader), selecting, caches.groups
+                config,
+                self.file,
+                Streamer(self.reader),
+                selecting,
+                caches.groups,
+                ahead=ahead,
+                progress=progress,
             )
             self._open = stack.pop_all()
 
@@ -92,6 +101,11 @@ class Model:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    @property
+    def clock(self) -> Clock:
+        """Where the time of its passes goes."""
+        return self.decoder.clock
 
     def close(self) -> None:
         """Let go of the file. May be called twice."""
@@ -165,18 +179,21 @@ def load_model(
     threads: int = DEFAULT_THREADS,
     queue_depth: int = DEFAULT_QUEUE_DEPTH,
     compute_threads: int | None = None,
+    ahead: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Model:
     """The model in a bundle file, ready to compute.
 
     `dense` streams every neuron; `exact`, for ReLU-like activations, reads only bundles whose
     activation is not zero, and gives the same tokens; `predict` takes the neurons that the file's
-    predictors name, `topk` each token's strongest ones, a `share` of them: approximations. With
-    `memory`, in bytes, the process keeps within it, and what is left of it holds neurons from token
-    to token (`policy`, `window`, `tokens`: see `Caching`). `threads` and `queue_depth` are the
-    reader's (`BundleFile.reader`);
+    predictors name, or, where it has none, predictors made from the weights at once; `topk` takes
+    each token's strongest ones, a `share` of them: approximations. With `memory`, in bytes, the
+    process keeps within it, and what is left of it holds neurons from token to token (`policy`,
+    `window`, `tokens`: see `Caching`); with `ahead`, a layer's likely neurons are read while its
+    attention is computed. `threads` and `queue_depth` are the reader's (`BundleFile.reader`);
     `compute_threads`, where given, becomes the process's number of threads to compute with
-    (`kernels.set_threads`). Raises UsageError for a model, mode or memory that cannot be,
-    FormatError for a damaged file.
+    (`kernels.set_threads`). `progress` gets (layers loaded, layers in all). Raises UsageError for
+    a model, mode or memory that cannot be, FormatError for a damaged file.
     """
     if compute_threads is not None:
         kernels.set_threads(compute_threads)
@@ -188,6 +205,8 @@ def load_model(
         verify=verify,
         threads=threads,
         queue_depth=queue_depth,
+        ahead=ahead,
+        progress=progress,
     )
 
 

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from bundlefmt.errors import UsageError
 from bundlefmt.file import BundleFile
+from bundlefmt.flash import predictor
 from bundlefmt.flash.budget import Budget, Needs, divide
 from bundlefmt.flash.cache import NeuronCache
 from bundlefmt.flash.policies import Lfu, Lru, Policy, Window
 from bundlefmt.layout.header import Group
 from bundlefmt.runtime.config import DecoderConfig
-from bundlefmt.runtime.ffn import CHUNK_BYTES
 from bundlefmt.runtime.selection import Selecting
+from bundlefmt.runtime.streamer import CHUNK_BYTES
 from bundlefmt.storage.buffers import aligned_empty
 from bundlefmt.storage.device import resident_memory
 
@@ -100,6 +101,12 @@ def needs(file: BundleFile, config: DecoderConfig, selecting: Selecting, tokens:
         for group in groups
         if selecting.holds_selector and group.parts[0].resident is None
     )
+    untrained = [
+        group
+        for group in groups
+        if selecting.mode == "predict" and not predictor.trained(file, group)
+    ]
+    selectors += sum(predictor.predictor_bytes(group) for group in untrained)
     widest = max(group.neurons for group in groups)
     activations = tokens * 4 * (4 * config.d_model + 2 * widest)
     return Needs(
@@ -109,7 +116,8 @@ def needs(file: BundleFile, config: DecoderConfig, selecting: Selecting, tokens:
         kv_cache=sum(tokens * 8 * layer.kv_heads * config.head_dim for layer in config.layers),
         buffers=2 * CHUNK_BYTES
         + activations
-        + _TABLE_BYTES * sum(group.neurons for group in groups),
+        + _TABLE_BYTES * sum(group.neurons for group in groups)
+        + max((predictor.untrained_bytes(group) for group in untrained), default=0),
     )
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from bundlefmt.file import BundleFile
-from bundlefmt.reader import ReadStats
 from bundlefmt.runtime.generate import Model, Sampling, load_model
 from bundlefmt.runtime.text import Tokenizer
 from bundlefmt.storage.backends import DEFAULT_QUEUE_DEPTH, DEFAULT_THREADS
@@ -124,8 +123,8 @@ class _Timed:
     def report(self, text: str, load_seconds: float) -> RunReport:
         """The account, once every token is made."""
         reader = self._model.reader
-        whole = _between(self._before, reader.stats)
-        decoding = _between(self._after_prompt, reader.stats)
+        whole = reader.stats.since(self._before)
+        decoding = reader.stats.since(self._after_prompt)
         decoded = self._made - 1  # the first token comes out of the prompt's pass
         decode_seconds = self._seconds - self._prompt_seconds
         return RunReport(
@@ -150,13 +149,3 @@ class _Timed:
             compute_seconds=self._seconds - whole.seconds,
             peak_memory=resident_memory(peak=True),
         )
-
-
-def _between(before: ReadStats, after: ReadStats) -> ReadStats:
-    return ReadStats(
-        requests=after.requests - before.requests,
-        bundles=after.bundles - before.bundles,
-        bytes_asked=after.bytes_asked - before.bytes_asked,
-        bytes_read=after.bytes_read - before.bytes_read,
-        seconds=after.seconds - before.seconds,
-    )

@@ -58,6 +58,10 @@ class Selection(Protocol):
 
     def __call__(self, x: Floats) -> Selected: ...
 
+    def guess(self, x: Floats) -> Ids | None:
+        """Neurons that will probably be chosen for an input near to x [1, d_model]; None where
+        a guess would cost as much as the choice."""
+
 
 class Dense:
     """All of them."""
@@ -67,6 +71,9 @@ class Dense:
 
     def __call__(self, x: Floats) -> Selected:
         return self._all
+
+    def guess(self, x: Floats) -> Ids | None:
+        return None
 
 
 class Exact:
@@ -83,6 +90,9 @@ class Exact:
         ids = self._order[active[self._order]]
         return Selected(ids, activations[:, ids])
 
+    def guess(self, x: Floats) -> Ids | None:
+        return None
+
     def _kept(self, activations: Floats) -> Floats:
         return activations
 
@@ -98,8 +108,12 @@ class Predicted:
     def __call__(self, x: Floats) -> Selected:
         if x.shape[0] > 1:
             return Selected(self._order, None)
+        return Selected(self.guess(x), None)
+
+    def guess(self, x: Floats) -> Ids:
         predicted = self._predictor.predicted(x)[0]
-        return Selected(self._order[predicted[self._order]], None)
+        ids: Ids = self._order[predicted[self._order]]
+        return ids
 
 
 class TopK(Exact):
@@ -122,9 +136,9 @@ class TopK(Exact):
 
 def check(mode: str, group: Group) -> None:
     """Raise UsageError unless the group can be computed in that mode."""
-    if mode == "exact" and group.activation not in kernels.SPARSE_ACTIVATIONS:
+    if mode in ("exact", "predict") and group.activation not in kernels.SPARSE_ACTIVATIONS:
         raise UsageError(
-            "mode exact needs an activation with exact zeros: use mode dense or topk",
+            f"mode {mode} needs an activation with exact zeros: use mode dense or topk",
             field=group.label,
             expected=", ".join(kernels.SPARSE_ACTIVATIONS),
             found=group.activation,

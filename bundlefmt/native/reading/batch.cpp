@@ -102,7 +102,9 @@ void Batch::finish(const std::optional<Failure>& failure) {
     failure_ = failure;
     unfinished_ -= reads.count() - next_;  // those will not be taken
   }
-  if (--unfinished_ == 0) done_.notify_all();
+  if (--unfinished_ != 0) return;
+  finished = now();
+  done_.notify_all();
 }
 
 std::optional<Failure> Batch::wait() {

@@ -58,6 +58,7 @@ class Batch {
   const Reads reads;
   std::vector<int64_t> latencies;  // ns per request, from the moment it was taken up
   std::atomic<int64_t> bytes_read{0};
+  std::atomic<int64_t> finished{0};  // ns on the monotonic clock, once the last one is
 
   // The next request to serve; none when all are handed out or one has failed.
   std::optional<int64_t> take();

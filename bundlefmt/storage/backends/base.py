@@ -76,6 +76,11 @@ class Batch(Protocol):
     def bytes_read(self) -> int:
         """Of the file, once all are served."""
 
+    @property
+    def finished(self) -> int:
+        """When the last request was served, as `time.perf_counter_ns` counts; 0 before that, and
+        where there was none."""
+
     def wait(self) -> None:
         """Return when every request is served. If one failed: stop handing out new ones, wait for
         those in flight, then raise its ReadError, or Damaged."""

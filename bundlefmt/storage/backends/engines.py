@@ -69,6 +69,10 @@ class _NativeBatch:
     def bytes_read(self) -> int:
         return self._batch.bytes_read  # type: ignore[no-any-return]
 
+    @property
+    def finished(self) -> int:
+        return self._batch.finished  # type: ignore[no-any-return]
+
     def wait(self) -> None:
         failure = self._batch.wait()
         if failure is None:
@@ -104,7 +108,8 @@ class _PoolBatch:
     def __init__(self, requests: Requests, read: Read) -> None:
         self.latencies: list[int] = []
         self.bytes_read = 0
-        self.futures: list[Future[int]] = []
+        self.finished = 0
+        self.futures: list[Future[tuple[int, int]]] = []
         self._read = read
         self._memory = requests.memory
         self._offsets = requests.offsets.tolist()
@@ -119,12 +124,16 @@ class _PoolBatch:
         wait(self.futures)
         if self._failure is not None:
             raise self._failure
-        self.bytes_read = sum(future.result() for future in self.futures)
+        for future in self.futures:
+            nbytes, end = future.result()
+            self.bytes_read += nbytes
+            self.finished = max(self.finished, end)
 
-    def work(self) -> int:
-        """One thread's share: requests until none is left; returns the bytes that it read."""
+    def work(self) -> tuple[int, int]:
+        """One thread's share: requests until none is left; returns the bytes that it read, and
+        when it had them."""
         # Between two reads a thread holds the GIL, and others wait for it: few steps, all local.
-        total = 0
+        total = end = 0
         clock, finished, memory = time.perf_counter_ns, self.latencies.append, self._memory
         try:
             for request in self._next:
@@ -135,10 +144,11 @@ class _PoolBatch:
                 total += self._read(self._offsets[request], views)
                 if self._checks is not None:
                     self._check(request)
-                finished(clock() - start)
+                end = clock()
+                finished(end - start)
         except BaseException as error:
             self._failure = error
-        return total
+        return total, end
 
     def _check(self, request: int) -> None:
         assert self._checks is not None
