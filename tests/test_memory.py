@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import bundlefmt
-from bundlefmt.errors import UsageError
+from bundlefmt.errors import FormatError, UsageError
 from bundlefmt.flash.budget import Needs, divide
 from bundlefmt.flash.readahead import MOST_WASTED
 from bundlefmt.layout.header import Predictor
@@ -132,6 +132,37 @@ def test_a_limit_with_no_room_for_a_cache_still_computes(demo_bundle: Path) -> N
         assert model.budget is not None
         assert model.budget.cache < 1 << 20
         assert model.generate(PROMPT, 24) == text(demo_bundle)
+
+
+@pytest.mark.parametrize("mode", ["dense", "exact", "predict"])
+def test_attention_that_does_not_fit_is_streamed(demo_bundle: Path, mode: str) -> None:
+    memory = least_memory(demo_bundle, mode=mode, tokens=64)
+    expected = text(demo_bundle, mode=mode)
+    with cached(demo_bundle, memory, mode=mode) as model:
+        assert model.budget is not None
+        assert len(model.budget.streamed) == len(model.caches)
+        assert model.generate(PROMPT, 24) == expected
+    with cached(demo_bundle, memory + (1 << 20), mode=mode) as model:
+        assert model.budget is not None
+        assert not model.budget.streamed
+        assert model.generate(PROMPT, 24) == expected
+
+
+def test_damage_to_streamed_attention_is_found(demo_bundle: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(demo_bundle, tmp_path))
+    memory = least_memory(path, tokens=64)
+    with bundlefmt.open(path) as file:
+        (name,) = (name for name in file.tensor_names if name.endswith("1.self_attn.q_proj.weight"))
+        offset = file.tensor_entry(name).data.offset
+    with cached(path, memory) as model:
+        assert model.generate(PROMPT, 2)
+        with path.open("r+b") as damaged:
+            damaged.seek(offset)
+            byte = damaged.read(1)[0]
+            damaged.seek(offset)
+            damaged.write(bytes([byte ^ 1]))
+        with pytest.raises(FormatError, match=rf"{re.escape(name)}.*damaged"):
+            model.generate(PROMPT, 2)
 
 
 def test_topk_of_all_neurons_is_dense_and_of_some_reads_less(small_bundle: Path) -> None:

@@ -32,20 +32,28 @@ class Needs:
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit divided, in bytes; `slots` is the neuron cache's, per group."""
+    """A limit divided, in bytes; `slots` is the neuron cache's, per group, and `streamed` the
+    layers whose attention finds no room, and is read anew for every pass."""
 
     limit: int
     needs: Needs
     slack: int
     cache: int
     slots: tuple[int, ...]
+    streamed: tuple[int, ...] = ()
 
 
-def divide(limit: int, needs: Needs, groups: Sequence[Group]) -> Budget:
+def left_of(limit: int, needs: Needs) -> int:
+    """What the neuron cache can have; below 0 when the limit is too small."""
+    return limit - needs.total - _slack(limit)
+
+
+def divide(
+    limit: int, needs: Needs, groups: Sequence[Group], streamed: tuple[int, ...] = ()
+) -> Budget:
     """Give the neuron cache what is left of the limit, each group its share by the bytes of its
     neurons. Raises UsageError when the limit is too small, with the smallest that works."""
-    slack = _SLACK + limit // _SLACK_SHARE
-    left = limit - needs.total - slack
+    left = left_of(limit, needs)
     if left < 0:
         least = (needs.total + _SLACK) * _SLACK_SHARE // (_SLACK_SHARE - 1) + 1
         raise UsageError(
@@ -58,4 +66,8 @@ def divide(limit: int, needs: Needs, groups: Sequence[Group]) -> Budget:
     share = min(left / all_bytes, 1.0) if all_bytes else 0.0
     slots = tuple(int(group.neurons * share) for group in groups)
     cache = sum(n * group.stride for n, group in zip(slots, groups, strict=True))
-    return Budget(limit, needs, slack, cache, slots)
+    return Budget(limit, needs, _slack(limit), cache, slots, streamed)
+
+
+def _slack(limit: int) -> int:
+    return _SLACK + limit // _SLACK_SHARE

@@ -16,6 +16,7 @@ from bundlefmt.runtime.attention import AttentionLayer, LayerCache
 from bundlefmt.runtime.clock import Clock
 from bundlefmt.runtime.config import DecoderConfig
 from bundlefmt.runtime.ffn import FfnLayer, Observer
+from bundlefmt.runtime.rotation import Rotation
 from bundlefmt.runtime.selection import Selecting, Selection
 from bundlefmt.runtime.streamer import Streamer
 from bundlefmt.runtime.weights import Norm, Weights
@@ -44,6 +45,7 @@ class Decoder:
         streamer: Streamer,
         selecting: Selecting,
         caches: Sequence[NeuronCache | None],
+        rotation: Rotation | None = None,
         *,
         ahead: bool = True,
         progress: Callable[[int, int], None] = lambda done, total: None,
@@ -51,7 +53,8 @@ class Decoder:
         self.config = config
         self.clock = Clock()
         self._ahead = ahead
-        weights = Weights(file, config)
+        self._rotation = rotation
+        weights = Weights(file, config, rotation)
         self._project_in = weights.projection("project_in")
         self._project_out = weights.projection("project_out")
         self._embed = weights.matrix("embed", None if self._project_in else config.d_model)
@@ -111,21 +114,27 @@ class Decoder:
 
     def _block(self, layer: Layer, x: Floats, seen: LayerCache) -> Floats:
         """x [tokens, d_model] after one layer."""
-        index = layer.ffn.group.layer
         first = self.config.norm_first
         if self.config.parallel:
             # The FFN's input is known before attention runs, so its reads come first.
             fed = layer.ffn.begin(layer.ffn_norm(x))
-            mixed = layer.attention(layer.attention_norm(x), seen)
-            self.clock.lap("attention", index)
+            mixed = self._attention(layer, layer.attention_norm(x), seen)
             return x + fed() + mixed
         if self._ahead and first:
             layer.ffn.read_ahead(layer.ffn_norm(x))
-        x = x + layer.attention(layer.attention_norm(x) if first else x, seen)
+        x = x + self._attention(layer, layer.attention_norm(x) if first else x, seen)
         x = x if first else layer.attention_norm(x)
-        self.clock.lap("attention", index)
         x = x + layer.ffn(layer.ffn_norm(x) if first else x)
         return x if first else layer.ffn_norm(x)
+
+    def _attention(self, layer: Layer, x: Floats, seen: LayerCache) -> Floats:
+        index = layer.ffn.group.layer
+        if self._rotation is not None:
+            self._rotation.need(index)
+            self.clock.lap("wait", index)
+        y = layer.attention(x, seen)
+        self.clock.lap("attention", index)
+        return y
 
     def logits(self, hidden: Floats) -> Floats:
         """Hidden states [tokens, width] -> float32 [tokens, vocabulary]."""

@@ -19,12 +19,16 @@ from bundlefmt.flash.budget import Budget
 from bundlefmt.reader import Reader
 from bundlefmt.runtime.attention import LayerCache
 from bundlefmt.runtime.clock import Clock
-from bundlefmt.runtime.config import decoder_config, eos_of
+from bundlefmt.runtime.config import DecoderConfig, decoder_config, eos_of
 from bundlefmt.runtime.decoder import Decoder
 from bundlefmt.runtime.memory import Caches, Caching, make_caches, plan
+from bundlefmt.runtime.rotation import Rotation
 from bundlefmt.runtime.selection import Selecting
 from bundlefmt.runtime.streamer import Streamer
+from bundlefmt.runtime.weights import attention_matrices
 from bundlefmt.storage.backends import DEFAULT_QUEUE_DEPTH, DEFAULT_THREADS
+
+_STREAMING = 8  # reads in flight, of a megabyte each: enough, and they leave room for neurons
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,14 @@ class Model:
             self._eos = config.eos | _eos(self.file)
             self._tokens: int | None = None  # that the budget is for
             caches = Caches([None] * len(self.file.groups), None)
+            rotation: Rotation | None = None
             if caching is not None:
                 self._tokens = caching.tokens_of(config)
                 self.budget = plan(self.file, config, selecting, caching)
                 caches = make_caches(self.budget, self.file.groups, caching)
+                rotation = self._rotation(config, self.budget, verify)
+                if rotation is not None:
+                    stack.callback(rotation.close)
             self.caches = caches.groups
             self.reader: Reader = stack.enter_context(
                 self.file.reader(
@@ -91,6 +99,7 @@ class Model:
                 Streamer(self.reader),
                 selecting,
                 caches.groups,
+                rotation,
                 ahead=ahead,
                 progress=progress,
             )
@@ -139,6 +148,13 @@ class Model:
         tokens = self.decoder.check(ids, len(ids) + max(max_new_tokens - 1, 0))
         cache = self._new_cache(len(ids) + max(max_new_tokens - 1, 0))
         return self._made(tokens, max_new_tokens, sampling or Sampling(), cache)
+
+    def _rotation(self, config: DecoderConfig, budget: Budget, verify: bool) -> Rotation | None:
+        if not budget.streamed:
+            return None
+        layers = {layer: attention_matrices(self.file, config, layer) for layer in budget.streamed}
+        backend, _ = self.file.backend(threads=_STREAMING, queue_depth=_STREAMING)
+        return Rotation(self.file.path, backend, layers, verify)
 
     def _new_cache(self, tokens: int) -> list[LayerCache]:
         """Room for the keys and values of that many tokens."""

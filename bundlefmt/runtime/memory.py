@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,18 +12,22 @@ from numpy.typing import NDArray
 from bundlefmt.errors import UsageError
 from bundlefmt.file import BundleFile
 from bundlefmt.flash import predictor
-from bundlefmt.flash.budget import Budget, Needs, divide
+from bundlefmt.flash.budget import Budget, Needs, divide, left_of
 from bundlefmt.flash.cache import NeuronCache
 from bundlefmt.flash.policies import Lfu, Lru, Policy, Window
 from bundlefmt.layout.header import Group
 from bundlefmt.runtime.config import DecoderConfig
+from bundlefmt.runtime.rotation import room_for
 from bundlefmt.runtime.selection import Selecting
 from bundlefmt.runtime.streamer import CHUNK_BYTES
+from bundlefmt.runtime.weights import attention_matrices
 from bundlefmt.storage.buffers import aligned_empty
 from bundlefmt.storage.device import resident_memory
 
 POLICIES = ("lru", "lfu", "window")
 
+_FEWEST_STREAMED = 3  # layers: with two pieces of memory for them, fewer spare nothing
+_LEAST_CACHE = 0.05  # of all bundles: a smaller cache costs more reads than streaming saves memory
 _TABLE_BYTES = 32  # per neuron: its checksum, its places in file and cache, its bias
 _TOKENS = 2048  # of the longest text, where neither the caller nor the model says
 
@@ -72,10 +76,24 @@ class Caches(NamedTuple):
 
 
 def plan(file: BundleFile, config: DecoderConfig, selecting: Selecting, caching: Caching) -> Budget:
-    """How the memory is divided. Raises UsageError when it is too little."""
-    return divide(
-        caching.memory, needs(file, config, selecting, caching.tokens_of(config)), file.groups
-    )
+    """How the memory is divided: as few layers as possible are streamed, so many that the neuron
+    cache has room to be of use. Raises UsageError when it is too little."""
+    wanted = needs(file, config, selecting, caching.tokens_of(config))
+    useful = _LEAST_CACHE * sum(group.bundles.length for group in file.groups)
+    matrices = [attention_matrices(file, config, layer) for layer in range(len(config.layers))]
+    rooms = {layer: room_for(found) for layer, found in enumerate(matrices) if found}
+    streamed: tuple[int, ...] = ()
+    spared = wanted
+    for count in range(_FEWEST_STREAMED, len(rooms) + 1):
+        if left_of(caching.memory, spared) >= useful:
+            break
+        streamed = tuple(list(rooms)[turn * len(rooms) // count] for turn in range(count))
+        spared = replace(
+            wanted,
+            resident=wanted.resident - sum(rooms[layer] for layer in streamed),
+            buffers=wanted.buffers + 2 * max(rooms[layer] for layer in streamed),
+        )
+    return divide(caching.memory, spared, file.groups, streamed)
 
 
 def needs(file: BundleFile, config: DecoderConfig, selecting: Selecting, tokens: int) -> Needs:
