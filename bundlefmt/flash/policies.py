@@ -6,6 +6,7 @@ those worth least are evicted first.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -13,17 +14,21 @@ from numpy.typing import NDArray
 
 from bundlefmt.errors import UsageError
 
-_HALF_LIFE = 64  # tokens after which LFU forgets half of what it has counted
+# Of a use's weight in LFU, in tokens. With it, caches of 10 to 50 % of a small OPT's FFN missed
+# least, 3 to 13 % less than LRU; from 8 to 128 it hardly matters.
+_HALF_LIFE = 32
+_FADING = math.log(2) / _HALF_LIFE
 
 Slots = NDArray[np.int64]
 Tokens = NDArray[np.int64]
+Worth = NDArray[np.float64]
 
 
 class Policy(Protocol):
-    """Keeps `worth`, int64 [slots], for one group's cache."""
+    """Keeps `worth`, float64 [slots], for one group's cache."""
 
     name: ClassVar[str]
-    worth: NDArray[np.int64]
+    worth: Worth
 
     def touch(self, slots: Slots, token: int | Tokens) -> None:
         """The token, or one for each of the slots, uses these slots, which were filled before."""
@@ -31,7 +36,7 @@ class Policy(Protocol):
     def fill(self, slots: Slots, token: int | Tokens) -> None:
         """These slots are filled anew, for that token, or each for one of its own."""
 
-    def worth_when_filled(self, tokens: Tokens) -> NDArray[np.int64]:
+    def worth_when_filled(self, tokens: Tokens) -> Worth:
         """What slots would be worth if they were filled for these tokens."""
 
     def expired(self, token: int) -> NDArray[np.bool_] | None:
@@ -44,15 +49,15 @@ class Lru:
     name: ClassVar[str] = "lru"
 
     def __init__(self, slots: int) -> None:
-        self.worth = np.zeros(slots, dtype=np.int64)
+        self.worth = np.zeros(slots)
 
     def touch(self, slots: Slots, token: int | Tokens) -> None:
         self.worth[slots] = token
 
     fill = touch
 
-    def worth_when_filled(self, tokens: Tokens) -> NDArray[np.int64]:
-        return tokens
+    def worth_when_filled(self, tokens: Tokens) -> Worth:
+        return tokens.astype(np.float64)
 
     def expired(self, token: int) -> NDArray[np.bool_] | None:
         return None
@@ -76,30 +81,23 @@ class Window(Lru):
 
 
 class Lfu:
-    """Least frequently used, with counts that fade."""
+    """Least frequently used, of late: each use counts for half as much _HALF_LIFE tokens later. A
+    worth is the logarithm of such a count, with all of them measured at token 0, so that time
+    changes none of them."""
 
     name: ClassVar[str] = "lfu"
 
     def __init__(self, slots: int) -> None:
-        self.worth = np.zeros(slots, dtype=np.int64)
-        self._faded = 0
+        self.worth = np.zeros(slots)
 
     def touch(self, slots: Slots, token: int | Tokens) -> None:
-        self._fade(token)
-        self.worth[slots] += 2
+        self.worth[slots] = np.logaddexp(self.worth[slots], _FADING * token)
 
     def fill(self, slots: Slots, token: int | Tokens) -> None:
-        self._fade(token)
-        self.worth[slots] = 2
+        self.worth[slots] = _FADING * token
 
-    def worth_when_filled(self, tokens: Tokens) -> NDArray[np.int64]:
-        return np.full(tokens.size, 2)
+    def worth_when_filled(self, tokens: Tokens) -> Worth:
+        return _FADING * tokens
 
     def expired(self, token: int) -> NDArray[np.bool_] | None:
         return None
-
-    def _fade(self, token: int | Tokens) -> None:
-        latest = int(np.max(token, initial=0))
-        if latest - self._faded >= _HALF_LIFE:
-            self.worth >>= 1
-            self._faded = latest

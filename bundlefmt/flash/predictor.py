@@ -35,6 +35,7 @@ SAMPLES = 1024  # inputs that an untrained predictor draws
 TOKENS = 512  # scored at a time: tokens x neurons of float32 are 64 MiB for 32768 neurons
 _OVERSAMPLING = 16  # of the randomised range finder (Halko, Martinsson, Tropp 2011)
 _POWER_ITERATIONS = 2
+_LEAST_SQUARE = 1e-10  # of a direction's length, against the longest one's: below is rounding
 _PROBIT = 1.702  # sigmoid(1.702 z) is the normal distribution function within 0.01
 _LEAST_ERROR = 1e-2  # of an output's deviation: keeps scores of neurons without error finite
 _RIDGE = 1e-4  # of the inputs' mean square
@@ -224,10 +225,22 @@ def _principal(outputs: Floats, rank: int) -> Floats:
     columns = min(rank + _OVERSAMPLING, *outputs.shape)
     sketch = outputs @ random.standard_normal((outputs.shape[1], columns), dtype=np.float32)
     for _ in range(_POWER_ITERATIONS):
-        sketch = outputs @ (outputs.T @ np.linalg.qr(sketch)[0])
-    _, _, rows = np.linalg.svd(np.linalg.qr(sketch)[0].T @ outputs, full_matrices=False)
+        sketch = outputs @ (outputs.T @ _orthonormal(sketch))
+    found = _orthonormal((_orthonormal(sketch).T @ outputs).T)[:, :rank]
     basis: Floats = np.zeros((outputs.shape[1], rank), dtype=np.float32)
-    basis[:, : rows.shape[0]] = rows[:rank].T
+    basis[:, : found.shape[1]] = found
+    return basis
+
+
+def _orthonormal(columns: Floats) -> Floats:
+    """Orthonormal columns of the same span, those along which `columns` are largest first. By way
+    of the small matrix of their products: a QR decomposition or an SVD of the tall one are many
+    small steps, which threads of BLAS that share their cores with others take ages for."""
+    wide = columns.astype(np.float64)
+    values, vectors = np.linalg.eigh(wide.T @ wide)
+    largest = np.flatnonzero(values > values[-1] * _LEAST_SQUARE)[::-1]
+    scaled = vectors[:, largest] / np.sqrt(values[largest])
+    basis: Floats = columns @ scaled.astype(np.float32)
     return basis
 
 
