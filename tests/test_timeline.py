@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -23,7 +24,7 @@ def test_the_stages_of_a_pass_follow_one_another_without_gaps(demo_bundle: Path)
         assert spans is not None
         stages = [span for span in spans if span.stage != "read"]
         assert {span.stage for span in stages} == set(STAGES)
-        for before, after in zip(stages, stages[1:], strict=False):
+        for before, after in pairwise(stages):
             assert before.ended == after.began
         for span in spans:
             if span.stage == "read":

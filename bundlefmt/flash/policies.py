@@ -97,7 +97,7 @@ class Lfu:
         self.worth[slots] = _FADING * token
 
     def worth_when_filled(self, tokens: Tokens) -> Worth:
-        return _FADING * tokens
+        return np.multiply(_FADING, tokens, dtype=np.float64)
 
     def expired(self, token: int) -> NDArray[np.bool_] | None:
         return None
