@@ -23,13 +23,14 @@ Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
 ActivationFunction = Callable[[Floats], Floats]
 
+FEW_TOKENS = 16  # up to here weights decoded anew for every four tokens beat BLAS
+
 _SQRT_HALF = np.float32(0.7071067811865476)
 _SQRT_2_OVER_PI = np.float32(0.7978845608028654)
 _F16_INFINITY = 0x7C00
 _F16_FIELDS = np.int32(-0x70002000)  # 0x8FFFE000: sign, exponent and mantissa, shifted by 13
 _F16_REBIAS = np.float32(2.0**112)  # exponent biases: 127 - 15
 _BLOCK_NUMBERS = 1 << 17  # widened at a time: half a MiB of float32 stays in the L2 cache
-_NATIVE_TOKENS = 16  # up to here weights decoded anew for every four tokens beat BLAS
 
 _threads = CPUS
 
@@ -123,7 +124,7 @@ def biased_products(x: Floats, part: Part, rows: Rows | None = None) -> Floats:
 
 def _native(x: Floats) -> bool:
     """Whether the native core is the one to compute with these tokens."""
-    return core is not None and x.shape[0] <= _NATIVE_TOKENS
+    return core is not None and x.shape[0] <= FEW_TOKENS
 
 
 def _products(

@@ -35,9 +35,13 @@ def content_of(neurons: NDArray[np.int64]) -> NDArray[np.uint8]:
     return np.repeat(neurons[:, None], 8, axis=1).astype(np.uint8)
 
 
+def ids_of(neurons: set[int]) -> NDArray[np.int64]:
+    return np.array(sorted(neurons), dtype=np.int64)
+
+
 def use(cache: NeuronCache, *neurons: int) -> Admission:
     """One token: ask, read what is missing, say so."""
-    ids = np.array(sorted(neurons), dtype=np.int64)
+    ids = ids_of(set(neurons))
     admission = cache.admit(ids)
     missing = ids[admission.missing]
     cache.rows[admission.missing_slots] = content_of(missing)
@@ -53,7 +57,7 @@ def test_every_neuron_of_a_token_is_held_missing_or_passed(
 ) -> None:
     cache = new_cache(slots, policy)
     for neurons in asked:
-        ids = np.array(sorted(neurons), dtype=np.int64)
+        ids = ids_of(neurons)
         found = use(cache, *neurons)
         together = np.concatenate([found.held, found.missing, found.passed])
         assert sorted(together.tolist()) == list(range(ids.size))
@@ -85,6 +89,35 @@ def test_a_window_with_room_holds_its_tokens_neurons_and_no_others(asked: list[s
     for neurons in asked:
         use(cache, *neurons)
     assert set(cache.neurons.tolist()) == set().union(*asked[-3:])  # the last and two before it
+
+
+@given(asked=tokens, together=tokens.filter(len), later=tokens, data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_a_window_is_of_the_tokens_that_were_kept(
+    asked: list[set[int]], together: list[set[int]], later: list[set[int]], data: st.DataObject
+) -> None:
+    kept = together[: data.draw(st.integers(1, len(together)))]
+    at_once, one_by_one = new_cache(NEURONS, "window"), new_cache(NEURONS, "window")
+    for neurons in [{0}, {0}, *asked]:
+        use(at_once, *neurons)
+        use(one_by_one, *neurons)
+    at_once.settle(use(at_once, *set().union(*together)), [ids_of(neurons) for neurons in kept])
+    for neurons in kept:
+        use(one_by_one, *neurons)
+    for neurons in [{0}, *later]:
+        use(at_once, *neurons)
+        use(one_by_one, *neurons)
+        assert at_once.neurons.tolist() == one_by_one.neurons.tolist()
+
+
+@pytest.mark.parametrize("kept", [3, 4])
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+def test_what_was_read_for_tokens_that_were_dropped_goes_first(policy: str, kept: int) -> None:
+    cache = new_cache(4, policy)
+    use(cache, 1, 2)
+    cache.settle(use(cache, 1, 2, 3, 4), [ids_of({1}), ids_of({1, kept})])
+    use(cache, 5)
+    assert cache.neurons.tolist() == [1, 2, kept, 5]
 
 
 def test_lfu_holds_what_is_used_often() -> None:

@@ -196,6 +196,43 @@ def test_predictors_that_need_no_training_find_most_of_what_is_active(demo_bundl
     assert off < 0.1
 
 
+def with_random_predictors(path: Path) -> None:
+    """Predictors that name half of the neurons for a token, and others for another."""
+    random = np.random.default_rng(5)
+    with bundlefmt.open(path) as file:
+        groups = file.groups
+    entries, tensors = [], {}
+    for group in groups:
+        names = f"a{group.layer}", f"b{group.layer}"
+        tensors[names[0]] = random.standard_normal((8, group.d_model)).astype(np.float32)
+        tensors[names[1]] = random.standard_normal((group.neurons, 8)).astype(np.float32)
+        entries.append(Predictor(group.layer, *names, threshold=0.5))
+    bundlefmt.append(path, tensors=tensors, predictors=entries)
+
+
+@pytest.mark.parametrize("memory", [None, "some", PLENTY])
+@pytest.mark.parametrize(
+    ("case", "resident"), [("opt", None), ("llama-fatrelu", None), ("llama-fatrelu", "gate")]
+)
+def test_each_of_a_few_tokens_gets_the_neurons_predicted_for_it_alone(
+    case: str, resident: str | None, memory: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.bundle"
+    bundlefmt.pack(FIXTURES / case, path, resident=resident)
+    with_random_predictors(path)
+    options: dict[str, Any] = {"mode": "predict", "tokens": 64}
+    if memory == "some":
+        memory = least_memory(path, **options) + (1 << 14)
+    with bundlefmt.load_model(path, memory=memory, **options) as model:
+        apart = step_by_step(model, PROMPT)
+        before = model.reader.stats.bundles
+        np.testing.assert_allclose(model.logits(PROMPT), apart, rtol=1e-3, atol=1e-5)
+        groups = model.file.groups
+        assert model.reader.stats.bundles - before < sum(group.neurons for group in groups)
+    with bundlefmt.load_model(path) as model:
+        assert np.abs(model.logits(PROMPT) - apart).max() > 1e-3
+
+
 @pytest.mark.parametrize("memory", [None, PLENTY])
 def test_predict_reads_and_computes_what_the_predictors_name(
     demo_bundle: Path, tmp_path: Path, memory: int | None

@@ -4,6 +4,7 @@ kernels compute from them. Nothing is ever moved (cf. the paper's section 3.3, w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,12 +39,13 @@ class CacheStats:
 
 class Admission(NamedTuple):
     """What a token's neurons meet in the cache: those at the positions `held` of the ids that were
-    asked for lie in the slots `held_slots`; those at `coming` were expected, and are being read
-    into `coming_slots`; those at `missing` are to be read into `missing_slots`; those at `passed`
-    find no room and are to be read elsewhere."""
+    asked for lie in the slots `held_slots`, worth `held_worth` until then; those at `coming` were
+    expected, and are being read into `coming_slots`; those at `missing` are to be read into
+    `missing_slots`; those at `passed` find no room and are to be read elsewhere."""
 
     held: Ids
     held_slots: Slots
+    held_worth: NDArray[np.int64]
     coming: Ids
     coming_slots: Slots
     missing: Ids
@@ -86,6 +88,7 @@ class NeuronCache:
         coming = np.flatnonzero(ahead >= 0)
         missing = np.flatnonzero((slots < 0) & (ahead < 0))
         held_slots = slots[held]
+        held_worth = self._policy.worth[held_slots]
         self._policy.touch(held_slots, self._token)
         room = self._make_room(missing.size, held_slots)
         self.stats.hits += held.size
@@ -95,6 +98,7 @@ class NeuronCache:
         return Admission(
             held,
             held_slots,
+            held_worth,
             coming,
             ahead[coming],
             missing[: room.size],
@@ -167,6 +171,17 @@ class NeuronCache:
         self._slot_of[ids] = slots
         self._neuron_in[slots] = ids
         self._policy.fill(slots, token)
+
+    def settle(self, admission: Admission, kept: Iterable[Ids]) -> None:
+        """The last `admit` was for several tokens, of which these were kept, with the neurons that
+        each used: count those, token by token, and none besides."""
+        self._policy.worth[admission.held_slots] = admission.held_worth
+        self._policy.worth[admission.missing_slots] = 0
+        self._token -= 1
+        for ids in kept:
+            self._token += 1
+            slots = self._slot_of[ids].astype(np.int64)
+            self._policy.touch(slots[slots >= 0], self._token)
 
     def _expire(self) -> None:
         expired = self._policy.expired(self._token)

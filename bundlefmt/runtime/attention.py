@@ -34,6 +34,10 @@ class LayerCache:
         self.length = end
         return self._memory[0, :, :end], self._memory[1, :, :end]
 
+    def drop(self, tokens: int) -> None:
+        """Forget the last tokens, so many of them."""
+        self.length -= tokens
+
 
 class AttentionLayer:
     """One layer's attention, with grouped key/value heads."""

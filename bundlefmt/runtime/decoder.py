@@ -112,6 +112,12 @@ class Decoder:
         self.clock.lap("head")
         return x
 
+    def drop(self, tokens: int, cache: list[LayerCache]) -> None:
+        """Forget the last `tokens` of the last pass, as if they had not been in it."""
+        for layer, seen in zip(self._layers, cache, strict=True):
+            seen.drop(tokens)
+            layer.ffn.drop(tokens)
+
     def _block(self, layer: Layer, x: Floats, seen: LayerCache) -> Floats:
         """x [tokens, d_model] after one layer."""
         first = self.config.norm_first

@@ -3,9 +3,9 @@
 y = sum over neurons i of  down_i * act(gate_i . x) * (up_i . x)     with a gate
                            down_i * act(up_i . x)                    without
 
-Tokens made one at a time go through the neuron cache, where there is one: what it holds is
-computed while the rest is being read into it. Reads begin as soon as anything is known of the
-neurons: in a parallel block before attention, elsewhere with a guess (`read_ahead`). The many
+A few tokens at a time go through the neuron cache, where there is one: what it holds is computed
+while the rest is being read into it. Reads begin as soon as anything is known of the neurons: in a
+parallel block before attention, elsewhere with a guess for a single token (`read_ahead`). The many
 tokens of a prompt stream a layer's neurons past the cache, and leave in it what they used last.
 """
 
@@ -72,6 +72,7 @@ class FfnLayer:
         self._clock = clock
         self._ahead = ReadAhead(group.neurons)
         self._early: Pending | None = None  # reads that were begun before their neurons were known
+        self._last: tuple[int, Selected, Admission] | None = None  # pass of several tokens
         order = file.order(group)
         self._all: Ids = np.arange(group.neurons) if order is None else order.astype(np.int64)
         self._act = kernels.activation(group)
@@ -107,7 +108,7 @@ class FfnLayer:
     def read_ahead(self, x: Floats) -> None:
         """Begin to read what a token probably needs, with what the FFN's input would be if the
         attention before it added nothing."""
-        if not self._takes_cache(x) or self.cache is None:
+        if x.shape[0] > 1 or not self._takes_cache(x) or self.cache is None:
             return
         guess = self._select.guess(x)
         if guess is not None:
@@ -123,13 +124,17 @@ class FfnLayer:
         """Choose the neurons for x [tokens, d_model], and begin to read them; what is returned
         computes: float32 [tokens, d_model]."""
         selected = self._select(x)
+        self._last = None
         self._clock.lap("predict", self.group.layer)
         if self.cache is None or not self._takes_cache(x):
             pieces = self._streamer.bundles(self.group, selected.ids, self._known)
             return lambda: self._biased(self._streamed(x, selected, pieces))
         cache = self.cache
-        self._ahead.learn(selected.ids)
+        if x.shape[0] == 1:
+            self._ahead.learn(selected.ids)
         admission = cache.admit(selected.ids)
+        if x.shape[0] > 1:
+            self._last = x.shape[0], selected, admission
         missing = selected.ids[admission.missing]
         pending = self._submit(missing, cache.rows, admission.missing_slots)
         self._clock.lap("manage", self.group.layer)
@@ -137,8 +142,16 @@ class FfnLayer:
             self._through_cache(x, selected, cache, admission, missing, pending)
         )
 
+    def drop(self, tokens: int) -> None:
+        """The last `tokens` of the last pass were for nothing: the cache is not to count them."""
+        if self.cache is not None and self._last is not None:
+            passed, selected, admission = self._last
+            kept = [selected.used_by(token) for token in range(passed - tokens)]
+            self.cache.settle(admission, kept)
+            self._last = None
+
     def _takes_cache(self, x: Floats) -> bool:
-        return x.shape[0] == 1 and self.observer is None
+        return x.shape[0] <= kernels.FEW_TOKENS and self.observer is None
 
     def _biased(self, y: Floats) -> Floats:
         return y if self._output_bias is None else y + self._output_bias
@@ -167,7 +180,7 @@ class FfnLayer:
         clock, layer = self._clock, self.group.layer
 
         def sum_of(which: Ids, slots: Ids) -> Floats:
-            y = self._sum(x, _some(selected, which), cache.rows, slots, self._slot_biases)
+            y = self._sum(x, selected.some(which), cache.rows, slots, self._slot_biases)
             clock.lap("ffn", layer)
             return y
 
@@ -183,7 +196,7 @@ class FfnLayer:
         clock.lap("manage", layer)
         y += sum_of(admission.missing, admission.missing_slots)
         if admission.passed.size:
-            passed = _some(selected, admission.passed)
+            passed = selected.some(admission.passed)
             y += self._streamed(
                 x, passed, self._streamer.bundles(self.group, passed.ids, self._known)
             )
@@ -214,16 +227,17 @@ class FfnLayer:
         seen = None
         if self.observer is not None:
             seen = np.zeros((x.shape[0], self.group.neurons), dtype=np.float32)
-        keeps = self.cache is not None and x.shape[0] > 1 and self.observer is None
+        many = x.shape[0] > kernels.FEW_TOKENS
+        keeps = self.cache is not None and many and self.observer is None
         if keeps and self.cache is not None:
             self.cache.advance(x.shape[0])
         done = 0
         for bundles in pieces:
             self._clock.lap("wait", self.group.layer)
             biases = {name: bias[bundles.neurons] for name, bias in self._neuron_biases.items()}
-            some = _some(selected, slice(done, done + bundles.neurons.size))
+            some = selected.some(slice(done, done + bundles.neurons.size))
             if seen is not None or keeps:
-                some = self._activated(x, some, bundles.raw, biases)
+                some = self._activated(x, some, bundles.raw, None, biases)
             if seen is not None:
                 seen[:, bundles.neurons] = some.activations
             y += self._sum(x, some, bundles.raw, None, biases)
@@ -263,6 +277,8 @@ class FfnLayer:
             stored = raw[:, found.offset : found.offset + found.length]
             return kernels.Part(stored, found.encoding, biases.get(name))
 
+        if selected.mask is not None:
+            selected = self._activated(x, selected, raw, rows, biases)
         hidden: kernels.Part | Floats | None = selected.activations
         if hidden is None:
             hidden = part(self._selector.name) or self._act(
@@ -278,9 +294,14 @@ class FfnLayer:
         return kernels.ffn(x, hidden, up, down, self.group, rows)
 
     def _activated(
-        self, x: Floats, selected: Selected, raw: NDArray[np.uint8], biases: dict[str, Floats]
+        self,
+        x: Floats,
+        selected: Selected,
+        raw: NDArray[np.uint8],
+        rows: kernels.Rows | None,
+        biases: dict[str, Floats],
     ) -> Selected:
-        """The selected neurons, whose bundles are the rows of `raw`, with their activations."""
+        """The selected neurons, where they lie as for `_sum`, with their activations."""
         if selected.activations is not None:
             return selected
         part = self._selector
@@ -289,8 +310,11 @@ class FfnLayer:
         else:
             stored = raw[:, part.offset : part.offset + part.length]
             held = kernels.Part(stored, part.encoding, biases.get(part.name))
-            pre = kernels.biased_products(x, held)
-        return Selected(selected.ids, self._act(pre))
+            pre = kernels.biased_products(x, held, rows)
+        activations = self._act(pre)
+        if selected.mask is not None:
+            activations = np.where(selected.mask, activations, np.float32(0))
+        return Selected(selected.ids, activations)
 
     def _selection(self, file: BundleFile, selecting: Selecting, norm: Norm) -> Selection:
         check(selecting.mode, self.group)
@@ -328,8 +352,3 @@ class FfnLayer:
             held[bundles.neurons] = bundles.raw[:, : part.length]
         self._known = held
         return held
-
-
-def _some(selected: Selected, which: Ids | slice) -> Selected:
-    activations = selected.activations
-    return Selected(selected.ids[which], None if activations is None else activations[:, which])

@@ -47,10 +47,26 @@ class Selecting:
 
 
 class Selected(NamedTuple):
-    """Neurons, and their activations [tokens, n] where they are known by now."""
+    """Neurons, and their activations [tokens, n] where they are known by now; where they are not,
+    `mask` [tokens, n] says which neurons each token gets, None that it gets all of them."""
 
     ids: Ids
     activations: Floats | None
+    mask: NDArray[np.bool_] | None = None
+
+    def some(self, which: Ids | slice) -> Selected:
+        """Those at some positions."""
+        activations, mask = self.activations, self.mask
+        return Selected(
+            self.ids[which],
+            None if activations is None else activations[:, which],
+            None if mask is None else mask[:, which],
+        )
+
+    def used_by(self, token: int) -> Ids:
+        """The neurons of one of the tokens."""
+        mask = self.mask if self.activations is None else self.activations != 0
+        return self.ids if mask is None else self.ids[mask[token]]
 
 
 class Selection(Protocol):
@@ -98,22 +114,27 @@ class Exact:
 
 
 class Predicted:
-    """Those that a predictor names, for tokens made one at a time (the paper's section 3.1); for
-    the many of a prompt, nearly all of which some token needs, all of them."""
+    """Those that a predictor names, for each of a few tokens (the paper's section 3.1); for the
+    many of a prompt, nearly all of which some token needs, all of them."""
 
     def __init__(self, order: Ids, predictor: Predictor) -> None:
         self._order = order
         self._predictor = predictor
 
     def __call__(self, x: Floats) -> Selected:
-        if x.shape[0] > 1:
+        if x.shape[0] > kernels.FEW_TOKENS:
             return Selected(self._order, None)
-        return Selected(self.guess(x), None)
+        predicted = self._predictor.predicted(x)
+        ids = self._in_order(predicted)
+        return Selected(ids, None, predicted[:, ids] if x.shape[0] > 1 else None)
 
     def guess(self, x: Floats) -> Ids:
-        predicted = self._predictor.predicted(x)[0]
-        ids: Ids = self._order[predicted[self._order]]
-        return ids
+        return self._in_order(self._predictor.predicted(x))
+
+    def _in_order(self, predicted: NDArray[np.bool_]) -> Ids:
+        """The neurons that any of the tokens gets."""
+        wanted: NDArray[np.bool_] = np.any(predicted, axis=0)
+        return self._order[wanted[self._order]]
 
 
 class TopK(Exact):
