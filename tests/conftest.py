@@ -11,6 +11,7 @@ import pytest
 
 import bundlefmt
 from bundlefmt.errors import ReadError
+from bundlefmt.runtime import memory as memory_of
 from bundlefmt.storage.backends import BACKENDS, open_backend
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +50,12 @@ backends = pytest.mark.parametrize(
         for name in BACKENDS
     ],
 )
+
+
+@pytest.fixture
+def steady_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every load finds a process of the same size, whatever the tests before it have left."""
+    monkeypatch.setattr(memory_of, "resident_memory", lambda: 100 << 20)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from bundlefmt.prediction import EPOCHS
 from bundlefmt.runtime.config import _DECODERS
 from bundlefmt.runtime.memory import POLICIES
 from bundlefmt.runtime.selection import MODES
+from bundlefmt.runtime.speculative import DRAFT_TOKENS
 from bundlefmt.storage.backends import CHOICES, DEFAULT_QUEUE_DEPTH, DEFAULT_THREADS
 from tests.conftest import ROOT
 
@@ -29,7 +30,8 @@ def test_the_command_line_offers_what_the_package_has() -> None:
     assert pack.DTYPES == DTYPES
     assert pack.ALIGNMENTS == ALIGNMENTS
     assert run.MODES == MODES
-    assert run.POLICIES == POLICIES
+    assert arguments.POLICIES == POLICIES
+    assert run.DRAFT_TOKENS == DRAFT_TOKENS
     assert arguments.BACKENDS == CHOICES
     assert arguments.THREADS == DEFAULT_THREADS
     assert arguments.QUEUE_DEPTH == DEFAULT_QUEUE_DEPTH

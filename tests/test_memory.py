@@ -20,7 +20,6 @@ from bundlefmt.errors import FormatError, UsageError
 from bundlefmt.flash.budget import Needs, divide
 from bundlefmt.flash.readahead import MOST_WASTED
 from bundlefmt.layout.header import Predictor
-from bundlefmt.runtime import memory as memory_of
 from bundlefmt.runtime.generate import Model
 from bundlefmt.runtime.memory import POLICIES
 from tests.conftest import FIXTURES, without_sanitizers
@@ -28,11 +27,7 @@ from tests.conftest import FIXTURES, without_sanitizers
 PLENTY = 1 << 40
 PROMPT = [1, 2, 3, 4, 5]
 
-
-@pytest.fixture(autouse=True)
-def steady_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every load finds a process of the same size, whatever the tests before it have left."""
-    monkeypatch.setattr(memory_of, "resident_memory", lambda: 100 << 20)
+pytestmark = pytest.mark.usefixtures("steady_process")
 
 
 def least_memory(path: Path, **options: Any) -> int:

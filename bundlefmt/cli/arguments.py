@@ -10,6 +10,7 @@ THREADS = 32
 QUEUE_DEPTH = 128
 BATCH = 512  # neurons
 ORDERS = ("random", "sorted")
+POLICIES = ("lru", "lfu", "window")
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -52,4 +53,20 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     """`--no-verify`, as every command that reads bundles takes it."""
     parser.add_argument(
         "--no-verify", action="store_true", help="do not check each bundle against its checksum"
+    )
+
+
+def add_caching(parser: argparse.ArgumentParser) -> None:
+    """`--memory`, `--policy`, `--window`, as every command that runs a model takes them."""
+    parser.add_argument(
+        "--memory",
+        type=parse_size,
+        metavar="SIZE",
+        help="of the whole process, such as 7GiB; what is left of it caches neurons",
+    )
+    parser.add_argument(
+        "--policy", default="lru", choices=POLICIES, help="which neurons the cache lets go"
+    )
+    parser.add_argument(
+        "--window", type=int, metavar="TOKENS", help="whose neurons policy window keeps"
     )

@@ -25,6 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of a window (default: the model's context, at most 512)",
     )
+    parser.add_argument(
+        "--one-at-a-time",
+        action="store_true",
+        default=None,
+        help="feed tokens as generation does, each with reads of its own (default: with --memory, "
+        "and in the modes predict and topk)",
+    )
+    arguments.add_caching(parser)
     arguments.add_json(parser)
 
 
@@ -37,6 +45,10 @@ def run(args: argparse.Namespace) -> int:
             args.model,
             args.text,
             mode=args.mode,
+            memory=args.memory,
+            policy=args.policy,
+            window=args.window,
+            one_at_a_time=args.one_at_a_time,
             max_tokens=args.max_tokens,
             context=args.context,
             progress=progress,

@@ -11,7 +11,7 @@ from bundlefmt.errors import printable_text
 
 HELP = "generate text, with the FFN read from flash"
 MODES = ("dense", "exact", "predict", "topk")
-POLICIES = ("lru", "lfu", "window")
+DRAFT_TOKENS = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,26 +29,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--share", type=float, default=0.3, help="of the neurons, that mode topk takes"
     )
-    parser.add_argument(
-        "--memory",
-        type=arguments.parse_size,
-        metavar="SIZE",
-        help="of the whole process, such as 7GiB; what is left of it caches neurons",
-    )
-    parser.add_argument(
-        "--policy",
-        default="lru",
-        choices=POLICIES,
-        help="which neurons the cache lets go",
-    )
-    parser.add_argument(
-        "--window", type=int, metavar="TOKENS", help="whose neurons policy window keeps"
-    )
+    arguments.add_caching(parser)
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="0 takes the likeliest token"
     )
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling")
     parser.add_argument("--seed", type=int, help="of the sampling")
+    parser.add_argument(
+        "--draft",
+        metavar="FILE",
+        help="a small model of the same tokens, for speculative decoding; stays in memory whole",
+    )
+    parser.add_argument(
+        "--draft-tokens",
+        type=int,
+        default=DRAFT_TOKENS,
+        metavar="N",
+        help="that the draft proposes for each pass",
+    )
     parser.add_argument("--backend", default="auto", choices=arguments.BACKENDS)
     parser.add_argument("--threads", type=int, default=arguments.THREADS, help="reading threads")
     parser.add_argument(
@@ -90,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         top_p=args.top_p,
         seed=args.seed,
+        draft=args.draft,
+        draft_tokens=args.draft_tokens,
         backend=args.backend,
         verify=not args.no_verify,
         threads=args.threads,
@@ -102,10 +102,16 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print("\n")
     fallback = f" ({report.fallback})" if report.fallback else ""
+    draft = []
+    if report.draft is not None:
+        tokens = f"{report.draft.accepted} of {report.draft.proposed} tokens accepted"
+        share = output.share(report.draft.accepted, report.draft.proposed)
+        draft = [("draft", f"{tokens} ({share}), {report.draft.tokens_per_pass:.2f} per pass")]
     output.print_fields(
         [
             ("mode, backend", f"{report.mode}, {report.backend}{fallback}"),
             ("tokens/s", f"{report.tokens_per_second:.1f}"),
+            *draft,
             (
                 "read per token",
                 f"{output.size(report.bytes_read_per_token)} in "

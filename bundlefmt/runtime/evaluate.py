@@ -66,6 +66,9 @@ def evaluate(
     text_path: str | os.PathLike[str],
     *,
     mode: str = "dense",
+    memory: int | None = None,
+    policy: str = "lru",
+    window: int | None = None,
     max_tokens: int | None = None,
     context: int | None = None,
     one_at_a_time: bool | None = None,
@@ -76,31 +79,44 @@ def evaluate(
     The text is fed in windows of `context` tokens (default: the model's context, at most 512) that
     overlap by half, so that each token is scored once, and after the first window with at least
     half a window before it. `one_at_a_time` feeds tokens as generation does, each with the reads
-    of its own: the default for a mode that would otherwise look at all of a window's tokens to
-    choose its neurons. `progress` gets (tokens scored, tokens in all).
+    of its own: the default with `memory`, and for a mode that would otherwise look at all of a
+    window's tokens to choose its neurons. `memory`, `policy` and `window` are those of `run`: the
+    cache is the one of a run of `context` tokens within that limit, which what scores them and the
+    dense model beside it do not count in. `progress` gets (tokens scored, tokens in all).
 
     Raises what `load_model` raises, UsageError for a text that cannot be scored, FormatError for a
     model whose predictions are not numbers.
     """
     with ExitStack() as stack:
-        model = stack.enter_context(load_model(path, mode=mode))
+        model = stack.enter_context(
+            load_model(
+                path,
+                mode=mode,
+                memory=memory,
+                policy=policy,
+                window=window,
+                tokens=context or _CONTEXT,
+            )
+        )
         width = window_width(model, context)
         text = _text(text_path, Tokenizer(model.file), max_tokens)
-        single = mode not in WHOLE_MODES if one_at_a_time is None else one_at_a_time
+        single = one_at_a_time
+        if single is None:
+            single = mode not in WHOLE_MODES or memory is not None
         scored = _Account(model, 1 if single else width)
         if mode == "dense":
-            for window in _watched(text, width, progress):
-                hidden = scored.feed(text.ids[window.begin : window.end])
-                for rows, targets in _scored(text, window, model):
+            for span in _watched(text, width, progress):
+                hidden = scored.feed(text.ids[span.begin : span.end])
+                for rows, targets in _scored(text, span, model):
                     scored.score(hidden[rows], targets)
             return scored.report(text, width)
 
         dense = _Account(stack.enter_context(load_model(path)), width)
         agreed, divergence = 0, 0.0
-        for window in _watched(text, width, progress):
-            fed = text.ids[window.begin : window.end]
+        for span in _watched(text, width, progress):
+            fed = text.ids[span.begin : span.end]
             hidden, reference = scored.feed(fed), dense.feed(fed)
-            for rows, targets in _scored(text, window, model):
+            for rows, targets in _scored(text, span, model):
                 ours = scored.score(hidden[rows], targets)
                 theirs = dense.score(reference[rows], targets)
                 agreed += int((ours.argmax(axis=1) == theirs.argmax(axis=1)).sum())

@@ -24,6 +24,7 @@ from bundlefmt.runtime.decoder import Decoder
 from bundlefmt.runtime.memory import Caches, Caching, make_caches, plan
 from bundlefmt.runtime.rotation import Rotation
 from bundlefmt.runtime.selection import Selecting
+from bundlefmt.runtime.speculative import DRAFT_TOKENS, Draft, DraftStats
 from bundlefmt.runtime.streamer import Streamer
 from bundlefmt.runtime.weights import attention_matrices
 from bundlefmt.storage.backends import DEFAULT_QUEUE_DEPTH, DEFAULT_THREADS
@@ -69,6 +70,7 @@ class Model:
     ) -> None:
         self.mode = selecting.mode
         self.budget: Budget | None = None
+        self.draft_stats = DraftStats()
         with ExitStack() as stack, naming(path):
             self.file = stack.enter_context(BundleFile(path))
             config = decoder_config(self.file.config, len(self.file.groups))
@@ -132,12 +134,25 @@ class Model:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        draft: Model | None = None,
+        draft_tokens: int = DRAFT_TOKENS,
     ) -> list[int]:
-        """The new ids that follow `ids`, up to and with an end-of-text token."""
-        return list(self.tokens(ids, max_new_tokens, Sampling(temperature, top_p, seed)))
+        """The new ids that follow `ids`, up to and with an end-of-text token.
+
+        With a `draft`, a model of the same tokens, each pass checks up to `draft_tokens` of its
+        proposals (`runtime.speculative`): the ids are the same, up to float32 rounding. Raises
+        UsageError for a draft with another vocabulary and for a temperature beside it.
+        """
+        sampling = Sampling(temperature, top_p, seed)
+        return list(self.tokens(ids, max_new_tokens, sampling, draft, draft_tokens))
 
     def tokens(
-        self, ids: Sequence[int], max_new_tokens: int, sampling: Sampling | None = None
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        draft: Model | None = None,
+        draft_tokens: int = DRAFT_TOKENS,
     ) -> Iterator[int]:
         """Like `generate`, one id at a time as they are made."""
         if max_new_tokens < 0:
@@ -145,9 +160,34 @@ class Model:
                 "out of range", field="max_new_tokens", expected="0 or more", found=max_new_tokens
             )
         # The last token that is made is never itself an input.
-        tokens = self.decoder.check(ids, len(ids) + max(max_new_tokens - 1, 0))
-        cache = self._new_cache(len(ids) + max(max_new_tokens - 1, 0))
-        return self._made(tokens, max_new_tokens, sampling or Sampling(), cache)
+        length = len(ids) + max(max_new_tokens - 1, 0)
+        tokens = self.decoder.check(ids, length)
+        sampling = sampling or Sampling()
+        drafting = None
+        if draft is not None:
+            drafting = self._drafting(draft, draft_tokens, sampling, length)
+        return self._made(tokens, max_new_tokens, sampling, self._new_cache(length), drafting)
+
+    def _drafting(self, draft: Model, tokens: int, sampling: Sampling, length: int) -> Draft:
+        """The draft at work on a text of that length."""
+        if sampling.temperature:
+            raise UsageError(
+                "a draft is for greedy text",
+                field="temperature",
+                expected=0,
+                found=sampling.temperature,
+            )
+        if draft.decoder.vocabulary != self.decoder.vocabulary:
+            raise UsageError(
+                "the draft has another vocabulary",
+                file=draft.file.path,
+                expected=f"{self.decoder.vocabulary} tokens, as {os.fspath(self.file.path)} has",
+                found=draft.decoder.vocabulary,
+            )
+        context = draft.decoder.config.context or length
+        return Draft(
+            draft.decoder, draft._new_cache(min(length, context)), tokens, self.draft_stats
+        )
 
     def _rotation(self, config: DecoderConfig, budget: Budget, verify: bool) -> Rotation | None:
         if not budget.streamed:
@@ -168,10 +208,17 @@ class Model:
         return self.decoder.new_cache(tokens)
 
     def _made(
-        self, ids: list[int], max_new_tokens: int, sampling: Sampling, cache: list[LayerCache]
+        self,
+        ids: list[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        cache: list[LayerCache],
+        draft: Draft | None,
     ) -> Iterator[int]:
         random = np.random.default_rng(sampling.seed)
         context = ids
+        if draft is not None and max_new_tokens > 1:
+            draft.read(ids)
         for _ in range(max_new_tokens):
             hidden = self.decoder.forward(context, cache)
             token = _choose(self.decoder.logits(hidden[-1:])[0], sampling, random)
@@ -179,6 +226,10 @@ class Model:
             if token in self._eos:
                 return
             context = [token]
+            if draft is not None:
+                text = [*ids, token]
+                yield from draft.continued(self.decoder, cache, text, max_new_tokens - 1, self._eos)
+                return
 
 
 def load_model(
@@ -190,6 +241,7 @@ def load_model(
     policy: str = "lru",
     window: int | None = None,
     tokens: int | None = None,
+    reserved: int = 0,
     backend: str = "auto",
     verify: bool = True,
     threads: int = DEFAULT_THREADS,
@@ -205,10 +257,10 @@ def load_model(
     predictors name, or, where it has none, predictors made from the weights at once; `topk` takes
     each token's strongest ones, a `share` of them: approximations. With `memory`, in bytes, the
     process keeps within it, and what is left of it holds neurons from token to token (`policy`,
-    `window`, `tokens`: see `Caching`); with `ahead`, a layer's likely neurons are read while its
-    attention is computed. `threads` and `queue_depth` are the reader's (`BundleFile.reader`);
-    `compute_threads`, where given, becomes the process's number of threads to compute with
-    (`kernels.set_threads`). `progress` gets (layers loaded, layers in all). Raises UsageError for
+    `window`, `tokens`, `reserved`: see `Caching`); with `ahead`, a layer's likely neurons are read
+    while its attention is computed. `threads` and `queue_depth` are the reader's
+    (`BundleFile.reader`); `compute_threads`, where given, becomes the process's number of threads
+    to compute with (`kernels.set_threads`). `progress` gets (layers loaded, layers in all). Raises UsageError for
     a model, mode or memory that cannot be, FormatError for a damaged file.
     """
     if compute_threads is not None:
@@ -216,7 +268,7 @@ def load_model(
     return Model(
         path,
         selecting=Selecting(mode, share),
-        caching=None if memory is None else Caching(memory, policy, window, tokens),
+        caching=None if memory is None else Caching(memory, policy, window, tokens, reserved),
         backend=backend,
         verify=verify,
         threads=threads,

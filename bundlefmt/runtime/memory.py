@@ -36,12 +36,14 @@ _TOKENS = 2048  # of the longest text, where neither the caller nor the model sa
 class Caching:
     """A process's memory in bytes, and how the neuron cache uses what is left of it: `policy` is
     one of POLICIES, `window` that of policy window, `tokens` the longest text, prompt included
-    (None: the model's context, at most 2048). Raises UsageError for what cannot be."""
+    (None: the model's context, at most 2048), `reserved` the bytes that others in the process are
+    yet to take. Raises UsageError for what cannot be."""
 
     memory: int
     policy: str = "lru"
     window: int | None = None
     tokens: int | None = None
+    reserved: int = 0
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -79,6 +81,7 @@ def plan(file: BundleFile, config: DecoderConfig, selecting: Selecting, caching:
     """How the memory is divided: as few layers as possible are streamed, so many that the neuron
     cache has room to be of use. Raises UsageError when it is too little."""
     wanted = needs(file, config, selecting, caching.tokens_of(config))
+    wanted = replace(wanted, process=wanted.process + caching.reserved)
     useful = _LEAST_CACHE * sum(group.bundles.length for group in file.groups)
     matrices = [attention_matrices(file, config, layer) for layer in range(len(config.layers))]
     rooms = {layer: room_for(found) for layer, found in enumerate(matrices) if found}

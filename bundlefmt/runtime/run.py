@@ -6,9 +6,12 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from bundlefmt.file import BundleFile
+from bundlefmt.runtime.draft import DraftReport, opened_draft, report_of, yet_to_take
 from bundlefmt.runtime.generate import Model, Sampling, load_model
+from bundlefmt.runtime.speculative import DRAFT_TOKENS
 from bundlefmt.runtime.text import Tokenizer
 from bundlefmt.storage.backends import DEFAULT_QUEUE_DEPTH, DEFAULT_THREADS
 from bundlefmt.storage.device import resident_memory
@@ -17,8 +20,8 @@ from bundlefmt.storage.device import resident_memory
 @dataclass(frozen=True)
 class RunReport:
     """How a generation went. Bytes and seconds are of the whole generation, prompt included, but
-    for those `per_token`, which are means over the tokens after the first. `peak_memory` is the
-    process's, in bytes."""
+    for those `per_token`, which are means over the tokens after the first. Bytes and requests are
+    the model's, without its draft's. `peak_memory` is the process's, in bytes."""
 
     text: str
     mode: str
@@ -40,6 +43,7 @@ class RunReport:
     io_seconds: float
     compute_seconds: float
     peak_memory: int
+    draft: DraftReport | None = None
 
 
 def run(
@@ -55,6 +59,8 @@ def run(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
+    draft: str | os.PathLike[str] | None = None,
+    draft_tokens: int = DRAFT_TOKENS,
     backend: str = "auto",
     verify: bool = True,
     threads: int = DEFAULT_THREADS,
@@ -64,28 +70,38 @@ def run(
 ) -> RunReport:
     """Load a bundle file's model and continue `prompt`; `on_text` gets the text as it is made.
 
-    Raises what `load_model` raises, and UsageError when the file carries no tokenizer.
+    `draft` is another bundle file, whose model proposes `draft_tokens` tokens for each pass; it
+    stays in memory whole, and `memory` counts it. Raises what `load_model` and `Model.generate`
+    raise, and UsageError when a file carries no tokenizer or the draft's has other tokens.
     """
     start = time.perf_counter()
     sampling = Sampling(temperature, top_p, seed)
     with BundleFile(path) as file:  # first, since it is part of the process that is budgeted for
         tokenizer = Tokenizer(file)
     ids = tokenizer.encode(prompt)
-    with load_model(
-        path,
-        mode=mode,
-        share=share,
-        memory=memory,
-        policy=policy,
-        window=window,
-        tokens=len(ids) + max(max_new_tokens, 1),
-        backend=backend,
-        verify=verify,
-        threads=threads,
-        queue_depth=queue_depth,
-        compute_threads=compute_threads,
-    ) as model:
-        generation = _Timed(model, ids, max_new_tokens, sampling)
+    tokens = len(ids) + max(max_new_tokens, 1)
+    reading: dict[str, Any] = {
+        "backend": backend,
+        "verify": verify,
+        "threads": threads,
+        "queue_depth": queue_depth,
+        "compute_threads": compute_threads,
+    }
+    with (
+        opened_draft(draft, tokenizer, tokens, **reading) as drafting,
+        load_model(
+            path,
+            mode=mode,
+            share=share,
+            memory=memory,
+            policy=policy,
+            window=window,
+            tokens=tokens,
+            reserved=yet_to_take(drafting),
+            **reading,
+        ) as model,
+    ):
+        generation = _Timed(model, ids, max_new_tokens, sampling, drafting, draft_tokens)
         load_seconds = time.perf_counter() - start
         text = ""
         for piece in tokenizer.pieces(generation):
@@ -98,11 +114,18 @@ class _Timed:
     """A generation that keeps account of itself; iterate over it once."""
 
     def __init__(
-        self, model: Model, ids: Sequence[int], max_new_tokens: int, sampling: Sampling
+        self,
+        model: Model,
+        ids: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        draft: Model | None,
+        draft_tokens: int,
     ) -> None:
         self._model = model
+        self._draft = draft
         self._ids = ids
-        self._tokens = model.tokens(ids, max_new_tokens, sampling)
+        self._tokens = model.tokens(ids, max_new_tokens, sampling, draft, draft_tokens)
         self._made = 0
         self._prompt_seconds = self._seconds = 0.0
         self._before = self._after_prompt = replace(model.reader.stats)
@@ -148,4 +171,5 @@ class _Timed:
             io_seconds=whole.seconds,
             compute_seconds=self._seconds - whole.seconds,
             peak_memory=resident_memory(peak=True),
+            draft=None if self._draft is None else report_of(self._draft, self._model),
         )

@@ -19,12 +19,18 @@ class Tokenizer:
     def __init__(self, file: BundleFile) -> None:
         if _BLOB not in file.blob_names:
             raise UsageError("the file carries no tokenizer", file=file.path, field=_BLOB)
+        self.path = file.path
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(file.blob(_BLOB))
         except ValueError as error:
             raise FormatError(
                 f"tokenizer not understood: {error}", file=file.path, field=_BLOB
             ) from None
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token and its id."""
+        return dict(self._tokenizer.get_vocab())
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer adds unless those are
