@@ -87,6 +87,20 @@ def test_one_token_at_a_time_reads_for_each_what_generation_reads(
     assert single.nll == pytest.approx(whole.nll, abs=1e-5)
 
 
+def test_a_cache_scores_the_same_and_reads_less(demo_bundle: Path, text: Path) -> None:
+    options: dict[str, Any] = {"mode": "exact", "max_tokens": 65, "context": 64}
+    plenty = 1 << 40
+    cold = bundlefmt.evaluate(demo_bundle, text, one_at_a_time=True, **options)
+    window, all_kept = (
+        bundlefmt.evaluate(demo_bundle, text, memory=plenty, **policy, **options)
+        for policy in ({"policy": "window", "window": 2}, {})
+    )
+    assert cold.tokens_at_once == window.tokens_at_once == all_kept.tokens_at_once == 1
+    assert cold.nll == pytest.approx(window.nll) == pytest.approx(all_kept.nll)
+    read = [report.bytes_read_per_token for report in (all_kept, window, cold)]
+    assert read == sorted(set(read))
+
+
 def test_a_text_shorter_than_a_window_is_one_window(demo_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("ROMEO: what")
     heard: list[tuple[int, int]] = []
@@ -118,6 +132,8 @@ def test_bits_per_byte_are_of_the_bytes_scored(demo_bundle: Path, text: Path) ->
         (b"ROMEO:", {"context": 1}, "context"),
         (b"ROMEO:", {"context": 257}, "context"),
         (b"ROMEO:", {"mode": "guess"}, "unknown mode"),
+        (b"ROMEO:", {"memory": 1}, "too little memory"),
+        (b"ROMEO:", {"memory": 1, "policy": "window"}, "window"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(
@@ -142,6 +158,9 @@ def test_the_command_prints_what_the_function_returns(
     report = bundlefmt.evaluate(demo_bundle, text, mode="exact", max_tokens=30)
     assert found["nll"] == report.nll
     assert found["dense"]["mode"] == "dense"
+    cached = ["--memory", "1T", "--policy", "window", "--window", "3", "--one-at-a-time"]
+    assert main([*work, *cached, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens_at_once"] == 1
     assert main([*work, "--mode", "exact"]) == 0
     assert "same likeliest token 100.00 %" in capsys.readouterr().out
 
