@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 import bundlefmt
 from bundlefmt.cli import main
 from bundlefmt.errors import UsageError
+from bundlefmt.runtime.ffn import CHUNK_BYTES
 from bundlefmt.runtime.generate import Model
 from tests.conftest import DEMO, FIXTURES, without_sanitizers
 from tests.test_memory import PLENTY, least_memory, with_random_predictors
@@ -183,6 +184,22 @@ def test_tokens_that_were_dropped_leave_no_trace(case: str, tmp_path: Path) -> N
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["exact", "predict"])
+def test_a_window_forgets_the_neurons_of_dropped_tokens(mode: str, target: Path) -> None:
+    options: dict[str, Any] = {"memory": PLENTY, "mode": mode, "policy": "window", "window": 2}
+    held = []
+    for dropped in ([], [9, 8, 7]):
+        with bundlefmt.load_model(target, **options) as model:
+            seen = model.decoder.new_cache()
+            for token in PROMPT:
+                model.decoder.forward([token], seen)
+            model.decoder.forward([100, 101, *dropped], seen)
+            model.decoder.drop(len(dropped), seen)
+            model.decoder.forward([102], seen)
+            held.append([cache.neurons.tolist() for cache in model.caches if cache])
+    assert held[0] == held[1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -253,9 +270,11 @@ def test_the_process_keeps_within_its_limit_with_its_draft(target: Path) -> None
         return int(re.findall(r"at least (\d+) bytes", refused.stderr)[0])
 
     draft = ("--draft", str(target))
-    memory = least(*draft) + (2 << 20)
     with bundlefmt.open(target) as file:
-        assert memory > least() + sum(group.bundles.length for group in file.groups)
+        neurons = sum(group.bundles.length for group in file.groups)
+    memory = least(*draft)
+    assert memory - least() > neurons + 2 * CHUNK_BYTES  # and its tensors, keys and values
+    memory += 2 << 20
     done = subprocess.run(
         [*command, *draft, "--memory", str(memory)], capture_output=True, text=True, check=True
     )
