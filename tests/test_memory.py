@@ -90,19 +90,20 @@ def test_a_cache_that_holds_all_reads_each_neuron_once(demo_bundle: Path) -> Non
 
 
 def test_a_prompt_leaves_in_the_cache_what_its_last_tokens_used(demo_bundle: Path) -> None:
+    prompt = PROMPT * 4  # more than the few tokens that go through the cache
     with cached(demo_bundle, PLENTY, mode="exact") as model:
-        model.logits(PROMPT)
+        model.logits(prompt)
         before = model.reader.stats.bundles
-        step_by_step(model, PROMPT)
+        step_by_step(model, prompt)
         assert model.reader.stats.bundles == before
     memory = least_memory(demo_bundle, mode="exact", tokens=64) + (1 << 19)
     with cached(demo_bundle, memory, mode="exact") as model:
         seen = model.decoder.new_cache()
-        model.decoder.forward(PROMPT, seen)
+        model.decoder.forward(prompt, seen)
         held = [set(cache.neurons.tolist()) for cache in model.caches if cache]
         used: list[set[int]] = []
         model.decoder.observe(lambda group, x, a: used.append(set(np.flatnonzero(a[-1]).tolist())))
-        model.decoder.forward(PROMPT, model.decoder.new_cache())
+        model.decoder.forward(prompt, model.decoder.new_cache())
         for last, cache in zip(used, held, strict=True):
             assert last <= cache or not cache - last  # nothing else where not all of it fits
 

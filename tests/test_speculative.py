@@ -20,8 +20,8 @@ from safetensors.numpy import load_file, save_file
 import bundlefmt
 from bundlefmt.cli import main
 from bundlefmt.errors import UsageError
-from bundlefmt.runtime.ffn import CHUNK_BYTES
 from bundlefmt.runtime.generate import Model
+from bundlefmt.runtime.streamer import CHUNK_BYTES
 from tests.conftest import DEMO, FIXTURES, without_sanitizers
 from tests.test_memory import PLENTY, least_memory, with_random_predictors
 
@@ -187,6 +187,7 @@ def test_tokens_that_were_dropped_leave_no_trace(case: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("mode", ["exact", "predict"])
 def test_a_window_forgets_the_neurons_of_dropped_tokens(mode: str, target: Path) -> None:
     options: dict[str, Any] = {"memory": PLENTY, "mode": mode, "policy": "window", "window": 2}
+    options["ahead"] = False  # a guess may bring others
     held = []
     for dropped in ([], [9, 8, 7]):
         with bundlefmt.load_model(target, **options) as model:

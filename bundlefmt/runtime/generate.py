@@ -260,8 +260,8 @@ def load_model(
     `window`, `tokens`, `reserved`: see `Caching`); with `ahead`, a layer's likely neurons are read
     while its attention is computed. `threads` and `queue_depth` are the reader's
     (`BundleFile.reader`); `compute_threads`, where given, becomes the process's number of threads
-    to compute with (`kernels.set_threads`). `progress` gets (layers loaded, layers in all). Raises UsageError for
-    a model, mode or memory that cannot be, FormatError for a damaged file.
+    to compute with (`kernels.set_threads`). `progress` gets (layers loaded, layers in all). Raises
+    UsageError for a model, mode or memory that cannot be, FormatError for a damaged file.
     """
     if compute_threads is not None:
         kernels.set_threads(compute_threads)
