@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bundlefmt.flash.policies import Policy
+from bundlefmt.flash.policies import Policy, Worth
 
 Ids = NDArray[np.int64]
 Slots = NDArray[np.int64]
@@ -45,7 +45,7 @@ class Admission(NamedTuple):
 
     held: Ids
     held_slots: Slots
-    held_worth: NDArray[np.int64]
+    held_worth: Worth
     coming: Ids
     coming_slots: Slots
     missing: Ids
@@ -176,7 +176,7 @@ class NeuronCache:
         """The last `admit` was for several tokens, of which these were kept, with the neurons that
         each used: count those, token by token, and none besides."""
         self._policy.worth[admission.held_slots] = admission.held_worth
-        self._policy.worth[admission.missing_slots] = 0
+        self._policy.worth[admission.missing_slots] = -np.inf
         self._token -= 1
         for ids in kept:
             self._token += 1
