@@ -194,6 +194,21 @@ def test_clusters_in_a_trace_become_single_requests(gated: Path, tmp_path: Path)
         assert row.before_gap.unwanted_bytes > row.after_gap.unwanted_bytes == 0
 
 
+def test_an_order_is_judged_on_tokens_that_it_was_not_made_from(
+    gated: Path, tmp_path: Path
+) -> None:
+    random = np.random.default_rng(5)
+    seen, held_out = (random.permutation(np.repeat(np.arange(12), 6)) for _ in range(2))
+    fired = random.integers(0, 12, 400)[:, None]
+    active = np.vstack([fired[:360] == seen, fired[360:] == held_out])
+    traces = synthetic_trace(gated, tmp_path / "traces", {0: active})
+    report = bundlefmt.reorder(gated, traces, tmp_path / "new.bundle")
+    assert report.total.after.requests > 4
+    with bundlefmt.open(tmp_path / "new.bundle") as file:
+        order = file.order(file.group(0))
+    assert np.count_nonzero(np.diff(seen[order])) == 11
+
+
 def test_what_it_reports_is_what_a_reader_then_does(
     demo_bundle: Path, demo_traces: Path, tmp_path: Path
 ) -> None:

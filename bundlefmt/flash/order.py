@@ -25,8 +25,7 @@ from bundlefmt.flash.traces import LayerTrace
 # points fewer than all of them.
 _CLOSEST = 64
 _MOST_TOKENS = 1 << 14
-_COUNTS = 1 << 24  # pairs of neurons whose co-activation is counted at a time
-_TOKENS = 1024  # at a time
+_TOKENS = 1024  # whose requests are counted at a time
 
 Ids = NDArray[np.int64]
 
@@ -46,8 +45,8 @@ def requests(trace: LayerTrace, tokens: Ids, slots: NDArray[np.uint32], gap: int
     lies in slots[i], and up to `gap` neurons between two of them are read over."""
     gap = min(gap, trace.info.neurons)
     wanted = together = unwanted = 0
-    for some in _pieces(tokens):
-        rows, ids = trace.fired(some)
+    for first in range(0, tokens.size, _TOKENS):
+        rows, ids = trace.fired(tokens[first : first + _TOKENS])
         # Two tokens lie further apart than any gap.
         places = np.sort(rows * (trace.info.neurons + gap + 1) + slots[ids])
         between = np.diff(places) - 1
@@ -63,47 +62,33 @@ def make_order(trace: LayerTrace, tokens: Ids) -> NDArray[np.uint32]:
 
     Memory is bounded whatever the number of tokens, of which a few thousand are used.
     """
-    used = tokens[:: max(-(-tokens.size // _MOST_TOKENS), 1)]
-    counts = np.zeros(trace.info.neurons, dtype=np.float32)
-    for some in _pieces(used):
-        counts += np.bincount(trace.fired(some)[1], minlength=counts.size)
-    links = _linked(_close_pairs(trace, used, counts), counts.size)
+    rows, ids = trace.fired(tokens[:: max(-(-tokens.size // _MOST_TOKENS), 1)])
+    counts = np.bincount(ids, minlength=trace.info.neurons)
+    links = _linked(_close_pairs(rows, ids, counts), counts.size)
     paths = sorted(_paths(links), key=lambda path: -counts[path].mean())
     return np.concatenate(paths).astype(np.uint32)
 
 
-def _close_pairs(
-    trace: LayerTrace, tokens: Ids, counts: NDArray[np.float32]
-) -> Iterable[tuple[int, int]]:
-    """Each neuron with those closest to it that it fires with at all, the closest pairs first."""
-    neurons, most = counts.size, min(_CLOSEST, counts.size - 1)
-    found = []
-    step = max(_COUNTS // neurons, 1)
-    for first in range(0, neurons, step):
-        block = np.arange(first, min(first + step, neurons))
-        closeness = _closeness(trace, tokens, counts, block)
-        others = closeness.argpartition(neurons - 1 - most, axis=1)[:, neurons - most :]
-        values = np.take_along_axis(closeness, others, axis=1)
-        rows, columns = np.nonzero(values)
-        found.append((block[rows], others[rows, columns], values[rows, columns]))
-    ones, others, values = (np.concatenate(pieces) for pieces in zip(*found, strict=True))
-    by_closeness = np.argsort(-values, kind="stable")
-    return zip(ones[by_closeness].tolist(), others[by_closeness].tolist(), strict=True)
-
-
-def _closeness(
-    trace: LayerTrace, tokens: Ids, counts: NDArray[np.float32], block: Ids
-) -> NDArray[np.float32]:
-    """Of the tokens for which a neuron of the block or another was active, the share for which both
-    were: float32 [block, neurons]; 0 between a neuron and itself."""
-    both = np.zeros((block.size, counts.size), dtype=np.float32)
-    for some in _pieces(tokens):
-        active = trace.active(some).astype(np.float32)
-        both += active[:, block].T @ active
-    both[np.arange(block.size), block] = 0
-    either = counts[block, None] + counts - both
-    np.divide(both, either, out=both, where=both > 0)
-    return both
+def _close_pairs(rows: Ids, ids: NDArray[np.uint32], counts: Ids) -> Iterable[tuple[int, int]]:
+    """Each neuron with those closest to it that it fires with at all, the closest pairs first.
+    Neuron ids[k] was active for the token rows[k], rows ascend, and counts[i] is the number of
+    tokens of neuron i."""
+    active = np.split(ids.astype(np.int64), np.cumsum(np.bincount(rows))[:-1])  # of each token
+    firing = np.split(rows[np.argsort(ids, kind="stable")], np.cumsum(counts)[:-1])
+    neurons, most = counts.size, min(_CLOSEST, counts.size)
+    others = np.zeros((neurons, most), dtype=np.int64)
+    closeness = np.zeros((neurons, most))
+    for neuron, its_tokens in enumerate(firing):
+        if its_tokens.size:
+            together = np.concatenate([active[token] for token in its_tokens])
+            both = np.bincount(together, minlength=neurons)
+            share = both / (counts[neuron] + counts - both)
+            others[neuron] = share.argpartition(neurons - most)[neurons - most :]
+            closeness[neuron] = share[others[neuron]]
+    ones, columns = np.nonzero(closeness)
+    by_closeness = np.argsort(-closeness[ones, columns], kind="stable")
+    ones, columns = ones[by_closeness], columns[by_closeness]
+    return zip(ones.tolist(), others[ones, columns].tolist(), strict=True)
 
 
 def _linked(pairs: Iterable[tuple[int, int]], neurons: int) -> list[list[int]]:
@@ -136,8 +121,3 @@ def _paths(links: list[list[int]]) -> Iterator[list[int]]:
             path += onward
             walked[path[-1]] = True
         yield path
-
-
-def _pieces(tokens: Ids) -> Iterator[Ids]:
-    for first in range(0, tokens.size, _TOKENS):
-        yield tokens[first : first + _TOKENS]
