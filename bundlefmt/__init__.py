@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from bundlefmt.file import BundleFile as BundleFile
     from bundlefmt.inspection import inspect as inspect
     from bundlefmt.measurement import bench as bench
+    from bundlefmt.ordering import reorder as reorder
     from bundlefmt.prediction import trace as trace
     from bundlefmt.prediction import train_predictors as train_predictors
     from bundlefmt.runtime.evaluate import evaluate as evaluate
@@ -51,6 +52,7 @@ _HOMES = {
     "inspect": "inspection",
     "load_model": "runtime.generate",
     "pack": "convert.pack",
+    "reorder": "ordering",
     "run": "runtime.run",
     "trace": "prediction",
     "train_predictors": "prediction",

@@ -202,16 +202,20 @@ class BundleFile:
         threads: int = DEFAULT_THREADS,
         queue_depth: int = DEFAULT_QUEUE_DEPTH,
         memory: NDArray[np.uint8] | None = None,
+        gap: int = 0,
     ) -> Reader:
         """A batch reader of this file's bundles. See `Reader`. `uring` has `queue_depth` reads in
         flight, the other backends one for each of their `threads`. `memory` (contiguous uint8),
         of which most batches' `out` will be a part, is registered with the kernel where that helps.
+        Bundles with at most `gap` bytes of others between them are one request.
 
-        Raises UsageError for an unknown backend, ReadError when the one asked for by name cannot
-        work here.
+        Raises UsageError for an unknown backend or a gap below zero, ReadError when the backend
+        asked for by name cannot work here.
         """
+        if gap < 0:
+            raise UsageError("out of range", field="gap", expected="0 or more", found=gap)
         opened, fallback = self.backend(backend, threads, queue_depth, memory)
-        return Reader(self, opened, fallback=fallback, verify=verify)
+        return Reader(self, opened, fallback=fallback, verify=verify, gap=gap)
 
     def backend(
         self,

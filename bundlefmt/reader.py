@@ -1,8 +1,9 @@
 """The batch reader: neuron ids in, bundles out (spec, section 7).
 
-Strategy: ids become slots of the group's region; slots that touch become one request, scattered
-over the rows of the result by its views; the backend widens what the device wants wider. Every
-bundle is checked against its xxh3-64 as soon as it has come. All of it is arrays: nothing here is
+Strategy: ids become slots of the group's region; slots that touch, or that only a small gap parts,
+become one request, scattered over the rows of the result by its views; what lies in a gap goes into
+spare memory; the backend widens what the device wants wider. Every bundle that was asked for is
+checked against its xxh3-64 as soon as it has come. All of it is arrays: nothing here is
 done neuron by neuron.
 """
 
@@ -22,7 +23,15 @@ from bundlefmt.layout.arithmetic import round_down
 from bundlefmt.layout.encodings import numbers_in
 from bundlefmt.layout.header import Group
 from bundlefmt.layout.order import slots_of
-from bundlefmt.storage.backends import MAX_VIEWS, Backend, Batch, Checks, Damaged, Requests
+from bundlefmt.storage.backends import (
+    MAX_VIEWS,
+    SPARE,
+    Backend,
+    Batch,
+    Checks,
+    Damaged,
+    Requests,
+)
 from bundlefmt.storage.buffers import aligned_empty
 
 # A longer run is split so that several threads share it. 256 KiB and up reach an NVMe's
@@ -123,31 +132,46 @@ class _Placed(NamedTuple):
     twins: NDArray[np.int64]
     firsts: NDArray[np.int64]
 
-    def requests(self, skip: int, checksums: NDArray[np.uint64] | None) -> Requests:
-        """One request per run of touching slots, none longer than MAX_REQUEST, each from the
-        `skip`-th byte of its first bundle on."""
+    def requests(
+        self, skip: int, gap: int, spare: NDArray[np.uint8], checksums: NDArray[np.uint64] | None
+    ) -> Requests:
+        """One request per run of slots with at most `gap` bytes between two, none longer than
+        MAX_REQUEST, each from the `skip`-th byte of its first bundle on. What lies in the gaps goes
+        into `spare`."""
         group, count, stride = self.bundles.group, self.slots.size, self.bundles.group.stride
         memory, row_starts = _as_memory(self.bundles.raw)
         starts = row_starts[self.rows]
         longest = min(max(MAX_REQUEST // stride, 1), MAX_VIEWS)
-        index = np.arange(count)
-        apart = np.ones(count, dtype=bool)
-        apart[1:] = np.diff(self.slots) != 1
-        in_run = index - np.maximum.accumulate(np.where(apart, index, 0))
-        begins = in_run % longest == 0  # a request
-        breaks = begins.copy()  # rows that touch are one view
-        breaks[1:] |= np.diff(starts) != stride
+        unwanted = np.zeros(count, dtype=np.int64)  # bundles between this one and the one before
+        unwanted[1:] = self.slots[1:] - self.slots[:-1] - 1
+        apart = unwanted > gap // stride
+        apart[:1] = True
+        # A run is cut every `longest` slots, of which each is at most one view.
+        turn = (self.slots - self.slots[apart][np.cumsum(apart) - 1]) // longest
+        begins = apart.copy()  # a request
+        begins[1:] |= turn[1:] != turn[:-1]
+        unwanted[begins] = 0
+        breaks = begins | (unwanted > 0)  # rows that touch are one view
+        breaks[1:] |= starts[1:] - starts[:-1] != stride
         firsts, views = np.flatnonzero(begins), np.flatnonzero(breaks)
         ahead = np.where(begins[views], skip, 0)
+        view_starts, lengths = starts[views] + ahead, np.diff(views, append=count) * stride - ahead
+        bounds = np.append(np.searchsorted(views, firsts), views.size)
+        after_gap = np.flatnonzero(unwanted[views])
+        if after_gap.size:
+            view_starts = np.insert(view_starts, after_gap, SPARE)
+            lengths = np.insert(lengths, after_gap, unwanted[views[after_gap]] * stride)
+            bounds += np.searchsorted(after_gap, bounds)
         return Requests(
             memory,
             self.slots[firsts] * stride + (group.bundles.offset + skip),
-            np.append(np.searchsorted(views, firsts), views.size),
-            starts[views] + ahead,
-            np.diff(views, append=count) * stride - ahead,
+            bounds,
+            view_starts,
+            lengths,
             None
             if checksums is None
             else Checks(np.append(firsts, count), starts, stride, checksums[self.slots]),
+            spare,
         )
 
 
@@ -231,19 +255,28 @@ class Reader:
 
     `backend` is the backend in effect and `fallback` why it is not the first choice (None when
     it is); `in_flight` is how many requests it has with the device at once. `verify` checks every
-    bundle that is read. The file must stay open meanwhile.
+    bundle that is asked for. Two of them become one request when at most `gap` bytes of others lie
+    between: those are read too, and dropped. The file must stay open meanwhile.
     """
 
     def __init__(
-        self, file: Catalogue, backend: Backend, *, fallback: str | None = None, verify: bool = True
+        self,
+        file: Catalogue,
+        backend: Backend,
+        *,
+        fallback: str | None = None,
+        verify: bool = True,
+        gap: int = 0,
     ) -> None:
         self.backend = backend.name
         self.in_flight = backend.in_flight
         self.fallback = fallback
         self.verify = verify
+        self.gap = gap
         self.stats = ReadStats()
         self._file = file
         self._backend = backend
+        self._spare = aligned_empty(min(gap, MAX_REQUEST))
         self._checksums: dict[tuple[int, int | None], NDArray[np.uint64]] = {}
         self._slots: dict[tuple[int, int | None], NDArray[np.uint32] | None] = {}
 
@@ -301,7 +334,8 @@ class Reader:
             raw[rows, :held] = known[ids]
         placed = self._place(Bundles(group, ids, raw, rows))
         skip = round_down(held, self._backend.offset_alignment)
-        requests = placed.requests(skip, self._checksums_of(group) if self.verify else None)
+        checksums = self._checksums_of(group) if self.verify else None
+        requests = placed.requests(skip, self.gap, self._spare, checksums)
         asked = ReadStats(
             requests=requests.offsets.size,
             bundles=placed.rows.size,

@@ -1,13 +1,16 @@
-"""What the tests share: paths to fixtures, and small checkpoints packed once."""
+"""What the tests share: paths to fixtures, small checkpoints packed once, and their bundles."""
 
 from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import bundlefmt
 from bundlefmt.errors import ReadError
@@ -80,3 +83,41 @@ def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("small") / "llama.bundle"
     bundlefmt.pack(FIXTURES / "llama", path)
     return path
+
+
+@pytest.fixture(scope="session")
+def wide_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model in f32: 512 bytes of `up`, 512 of `down`. Read it, do not change it."""
+    path = tmp_path_factory.mktemp("wide") / "demo-f32.bundle"
+    bundlefmt.pack(DEMO, path, dtype="f32")
+    return path
+
+
+def slices(path: Path, layer: int, neurons: list[int]) -> list[bytes]:
+    """The neurons' bundles, cut out of the file by the rule of the spec, section 7."""
+    data = path.read_bytes()
+    with bundlefmt.open(path) as file:
+        group = file.group(layer)
+        order = list(range(group.neurons))
+        if group.order is not None:
+            table = data[group.order.offset :][: group.order.length]
+            order = np.frombuffer(table, dtype="<u4").tolist()
+        at = [group.bundles.offset + order.index(n) * group.stride for n in neurons]
+        return [data[offset : offset + group.stride] for offset in at]
+
+
+def flipped(source: Path, copy: Path, offset: int) -> Path:
+    """A copy of the file with one byte changed."""
+    shutil.copy(source, copy)
+    with copy.open("r+b") as file:
+        file.seek(offset)
+        (byte,) = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte ^ 0x10]))
+    return copy
+
+
+def prefixes(path: Path, width: int) -> NDArray[np.uint8]:
+    """The first bytes of every bundle of layer 0: uint8 [neurons, width]."""
+    with bundlefmt.open(path) as file, file.reader("buffered") as reader:
+        return reader.read(0, range(file.groups[0].neurons)).raw[:, :width].copy()

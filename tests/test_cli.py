@@ -64,6 +64,7 @@ WORK: dict[str, list[str]] = {
     "run, exact": ["run", "{demo}", *PROMPT, "--mode", "exact", "--backend", "buffered"],
     "run, with a draft": ["run", "{demo}", *PROMPT, "--draft", "{demo}", "--draft-tokens", "2"],
     "trace": ["trace", "{demo}", "--text", str(TEXT), "-o", "{tmp}/traces", "--max-tokens", "9"],
+    "reorder": ["reorder", "{demo}", "--traces", "{traces}", "-o", "{tmp}/ordered.bundle"],
     "train-predictors": ["train-predictors", "{copy}", "--traces", "{traces}", "--rank", "4"],
     "eval": ["eval", "{demo}", "--text", str(DEMO / "README.md"), "--max-tokens", "20"],
     "bench": ["bench", "{demo}", "--threads", "2", "--backend", "buffered"],
@@ -201,6 +202,8 @@ MISUSE: dict[str, list[str]] = {
     "no tokens of a text": ["trace", "{demo}", "--text", str(TEXT), "--max-tokens", "0"],
     "no folder for a trace": ["trace", "{demo}", "--text", str(TEXT), "-o", "{tmp}/missing/traces"],
     "no such trace": ["train-predictors", "{demo}", "--traces", "{tmp}/missing"],
+    "no such trace to order by": ["reorder", "{demo}", "--traces", "{tmp}/missing"],
+    "ordered already": ["reorder", "{demo}", "--traces", "{traces}", "-o", "{demo}"],
     "fewer than no tokens": ["run", "{demo}", "--prompt", "A", "--max-new-tokens", "-1"],
 }
 

@@ -8,12 +8,13 @@ import pytest
 
 import bundlefmt
 from bundlefmt.checkpoints.families import FAMILIES
-from bundlefmt.cli import COMMANDS, arguments, bench, pack, run, train_predictors
+from bundlefmt.cli import COMMANDS, arguments, bench, pack, reorder, run, train_predictors
 from bundlefmt.convert.plan import DTYPES
 from bundlefmt.flash.predictor import RANK, RECALL
 from bundlefmt.layout.planner import ALIGNMENTS
 from bundlefmt.measurement import DEFAULT_SIZE
 from bundlefmt.measurement.reads import DEFAULT_BATCH, ORDERS
+from bundlefmt.ordering import GAP
 from bundlefmt.prediction import EPOCHS
 from bundlefmt.runtime.config import _DECODERS
 from bundlefmt.runtime.memory import POLICIES
@@ -40,6 +41,7 @@ def test_the_command_line_offers_what_the_package_has() -> None:
     assert bench.SIZE == DEFAULT_SIZE
     assert (train_predictors.RANK, train_predictors.RECALL) == (RANK, RECALL)
     assert train_predictors.EPOCHS == EPOCHS
+    assert reorder.GAP == GAP
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -443,7 +443,7 @@ STOREYS = (
     {"flash"},
     {"runtime"},
     {"integrations"},
-    {"measurement", "diagnosis", "demonstration", "inspection", "prediction"},
+    {"measurement", "diagnosis", "demonstration", "inspection", "ordering", "prediction"},
     {"cli"},
     {"__init__", "__main__"},  # the facade: names from everywhere, imported when first used
 )
@@ -494,7 +494,7 @@ def test_imports_only_go_down(name: str) -> None:
 
 
 def test_tools_of_one_storey_do_not_lean_on_each_other() -> None:
-    tools = {"measurement", "diagnosis", "demonstration", "inspection", "prediction"}
+    tools = {"measurement", "diagnosis", "demonstration", "inspection", "ordering", "prediction"}
     for name in MODULES:
         storey = name.split(".")[0]
         assert storey not in tools or not storeys_below(name) & (tools - {storey}), name

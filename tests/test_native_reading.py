@@ -234,3 +234,15 @@ def test_bundles_beyond_the_memory_are_refused(engine: Any) -> None:
     ]:
         with pytest.raises(ValueError):
             engine.submit(memory, table(0), *evenly(1), bounds, starts, stride, digest)
+
+
+def test_what_nobody_wants_goes_into_spare_memory(engine: Any, content: bytes) -> None:
+    memory, spare = aligned_empty(2 * CHUNK), aligned_empty(CHUNK)
+    views = table(0, 3), table(CHUNK, -1, 0), table(CHUNK, CHUNK, CHUNK)
+    batch = engine.submit(memory, table(CHUNK), *views, spare=spare)
+    assert batch.wait() is None
+    assert memory.tobytes() == content[3 * CHUNK : 4 * CHUNK] + content[CHUNK : 2 * CHUNK]
+    assert batch.bytes_read == 3 * CHUNK
+    for given in (None, spare[:-1]):
+        with pytest.raises(ValueError, match="beyond the memory"):
+            engine.submit(memory, table(CHUNK), *views, spare=given)

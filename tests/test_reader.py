@@ -23,7 +23,7 @@ from bundlefmt.reader import Reader
 from bundlefmt.storage.backends import BACKENDS
 from bundlefmt.storage.buffers import aligned_empty
 from bundlefmt.storage.device import DirectIO, probe_direct
-from tests.conftest import DEMO, FIXTURES, REFUSED, VECTORS, backends
+from tests.conftest import FIXTURES, REFUSED, VECTORS, backends, flipped, prefixes, slices
 
 NEURONS = 72  # of a layer of the fixtures
 FILL = 0xA5  # of memory that nothing may write to
@@ -78,43 +78,11 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
-@pytest.fixture(scope="module")
-def wide_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model in f32: 512 bytes of `up`, 512 of `down`. Read it, do not change it."""
-    path = tmp_path_factory.mktemp("wide") / "demo-f32.bundle"
-    bundlefmt.pack(DEMO, path, dtype="f32")
-    return path
-
-
 @pytest.fixture
 def reader(small_bundle: Path) -> Iterator[Reader]:
     """A reader of the small bundle file, through the page cache."""
     with bundlefmt.open(small_bundle) as file, file.reader("buffered") as reader:
         yield reader
-
-
-def slices(path: Path, layer: int, neurons: list[int]) -> list[bytes]:
-    """The neurons' bundles, cut out of the file by the rule of the spec, section 7."""
-    data = path.read_bytes()
-    with bundlefmt.open(path) as file:
-        group = file.group(layer)
-        order = list(range(group.neurons))
-        if group.order is not None:
-            table = data[group.order.offset :][: group.order.length]
-            order = np.frombuffer(table, dtype="<u4").tolist()
-        at = [group.bundles.offset + order.index(n) * group.stride for n in neurons]
-        return [data[offset : offset + group.stride] for offset in at]
-
-
-def flipped(source: Path, copy: Path, offset: int) -> Path:
-    """A copy of the file with one byte changed."""
-    shutil.copy(source, copy)
-    with copy.open("r+b") as file:
-        file.seek(offset)
-        (byte,) = file.read(1)
-        file.seek(offset)
-        file.write(bytes([byte ^ 0x10]))
-    return copy
 
 
 # What comes back.
@@ -571,17 +539,12 @@ def test_a_device_with_large_blocks_amplifies_small_reads(small_bundle: Path) ->
 KNOWN = 512  # bytes of `up` in the wide bundle file, whose stride is 1024
 
 
-def _known(path: Path, width: int = KNOWN) -> NDArray[np.uint8]:
-    with bundlefmt.open(path) as file, file.reader("buffered") as reader:
-        return reader.read(0, range(file.groups[0].neurons)).raw[:, :width].copy()
-
-
 @backends
 @pytest.mark.parametrize("width", [0, 1, 500, 512, 700, 1024])
 def test_a_known_prefix_gives_the_same_bundles(wide_bundle: Path, backend: str, width: int) -> None:
     ids = [900, 3, 4, 5, 5, 77, 1023, 0, 3]
     with bundlefmt.open(wide_bundle) as file, file.reader(backend) as reader:
-        rows = reader.read(0, ids, known=_known(wide_bundle, width)).raw
+        rows = reader.read(0, ids, known=prefixes(wide_bundle, width)).raw
         assert [row.tobytes() for row in rows] == slices(wide_bundle, 0, ids)
 
 
@@ -589,7 +552,7 @@ def test_a_known_prefix_gives_the_same_bundles(wide_bundle: Path, backend: str, 
 def test_a_known_prefix_is_not_read_again(wide_bundle: Path, backend: str) -> None:
     ids = list(range(0, 1000, 10))
     with bundlefmt.open(wide_bundle) as file, file.reader(backend) as reader:
-        reader.read(0, ids, known=_known(wide_bundle))
+        reader.read(0, ids, known=prefixes(wide_bundle, KNOWN))
         if backend == "direct" and KNOWN % probe_direct(wide_bundle).offset_alignment:
             assert reader.stats.bytes_read <= 100 * 4096
         else:
@@ -601,7 +564,7 @@ def test_a_known_prefix_is_not_read_again(wide_bundle: Path, backend: str) -> No
 def test_damage_behind_and_in_a_known_prefix_is_detected(
     wide_bundle: Path, tmp_path: Path, backend: str
 ) -> None:
-    known = _known(wide_bundle)
+    known = prefixes(wide_bundle, KNOWN)
     with bundlefmt.open(wide_bundle) as file:
         at = file.groups[0].bundles.offset + 33 * 1024 + KNOWN + 9
     damaged = flipped(wide_bundle, tmp_path / "damaged.bundle", at)

@@ -25,6 +25,7 @@ COMMANDS = (
     "eval",
     "trace",
     "train-predictors",
+    "reorder",
     "demo",
     "bench",
     "doctor",

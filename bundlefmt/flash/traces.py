@@ -20,12 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundlefmt.errors import FormatError, UsageError
+from bundlefmt.file import BundleFile
 from bundlefmt.kernels import SPARSE_ACTIVATIONS, Floats
 from bundlefmt.layout.header import Group
 from bundlefmt.storage.atomic import new_folder
 
 VERSION = 1
 _INFO = "trace.json"
+_HELD_OUT = 0.1  # of the tokens: the last ones, whose text nothing has been learnt from
 _F16 = np.finfo(np.float16)
 
 
@@ -59,15 +61,24 @@ class LayerTrace:
     starts: NDArray[np.int64]
     ends: NDArray[np.int64]
 
-    def active(self, tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which neurons were active: [tokens, neurons]."""
+    def fired(self, tokens: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+        """(k, neuron) of every neuron that was active for tokens[k]: two arrays."""
         counts = self.ends[tokens] - self.starts[tokens]
         rows = np.repeat(np.arange(tokens.size), counts)
         within = np.arange(rows.size) - np.repeat(np.cumsum(counts) - counts, counts)
-        ids = self.ids[np.repeat(self.starts[tokens], counts) + within]
+        return rows, self.ids[np.repeat(self.starts[tokens], counts) + within]
+
+    def active(self, tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which neurons were active: [tokens, neurons]."""
         active = np.zeros((tokens.size, self.info.neurons), dtype=np.bool_)
-        active[rows, ids] = True
+        active[self.fired(tokens)] = True
         return active
+
+
+def parted(tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """A trace's tokens: those to learn from, and those held out to see how well it went."""
+    seen = round(tokens * (1 - _HELD_OUT))
+    return np.arange(seen), np.arange(seen, tokens)
 
 
 class Trace:
@@ -103,6 +114,22 @@ class Trace:
             raise FormatError(f"not a trace's arrays: {error}", file=folder) from error
         self._check(trace, folder)
         return trace
+
+    def groups(self, file: BundleFile) -> list[Group]:
+        """The groups of the file that were traced. Raises UsageError when it was another model's
+        file."""
+        if self.info.file_id != file.superblock.file_id.hex():
+            raise UsageError(
+                "a trace of another model",
+                file=self.path,
+                expected=file.superblock.file_id.hex(),
+                found=self.info.file_id,
+            )
+        groups = [file.group(layer.layer) for layer in self.info.layers]
+        for group, layer in zip(groups, self.info.layers, strict=True):
+            if (group.neurons, group.d_model) != (layer.neurons, layer.d_model):
+                raise UsageError("a trace of another shape", file=self.path, field=group.label)
+        return groups
 
     def _check(self, trace: LayerTrace, folder: Path) -> None:
         info, tokens = trace.info, self.info.tokens

@@ -26,10 +26,9 @@ from bundlefmt.flash.predictor import (
     quality,
     untrained,
 )
-from bundlefmt.flash.traces import LayerTrace
+from bundlefmt.flash.traces import LayerTrace, parted
 from bundlefmt.kernels import Floats
 
-_HELD_OUT = 0.1  # of the tokens: the last ones, whose text the training has not seen
 _FEWEST_TOKENS = 100
 _START_TOKENS = 4096  # that the untrained predictor is made from
 _BATCH = 256  # tokens
@@ -74,8 +73,7 @@ def train(
         raise UsageError(
             "too few tokens to train on", expected=f"{_FEWEST_TOKENS} or more", found=tokens
         )
-    seen = np.arange(trained_tokens(tokens))
-    held_out = np.arange(seen.size, tokens)
+    seen, held_out = parted(tokens)
     start = seen[:: -(-seen.size // _START_TOKENS)]
     predictor = untrained(selector, _inputs(trace, start), training.rank, training.recall)
     a, b = (
@@ -86,11 +84,6 @@ def train(
     predictor = Predictor(_stored(a), _stored(b), 0.5)
     predictor = calibrated(predictor, samples(trace, held_out), training.recall)
     return predictor, quality(predictor, samples(trace, held_out))
-
-
-def trained_tokens(tokens: int) -> int:
-    """How many of a trace's tokens are trained on; the others are held out."""
-    return round(tokens * (1 - _HELD_OUT))
 
 
 def samples(trace: LayerTrace, tokens: NDArray[np.int64]) -> Iterator[Sample]:

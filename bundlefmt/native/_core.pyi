@@ -87,10 +87,11 @@ class Engine:
         bundle_starts: Slots | None = None,
         stride: int = 0,
         expected: NDArray[np.uint64] | None = None,
+        spare: NDArray[np.uint8] | None = None,
     ) -> Batch:
-        """Request k reads from offsets[k] on into memory[starts[v]:][:lengths[v]] for v in
-        bounds[k] .. bounds[k + 1] - 1; its bundles, `stride` bytes each, are then compared with
-        `expected`. ValueError for what lies beyond the memory and for checks of which a part is
-        missing, RuntimeError once closed."""
+        """Request k reads from offsets[k] on into memory[starts[v]:][:lengths[v]], or where
+        starts[v] is -1 into spare[:lengths[v]], for v in bounds[k] .. bounds[k + 1] - 1; its
+        bundles, `stride` bytes each, are then compared with `expected`. ValueError for what lies
+        beyond the memory and for checks of which a part is missing, RuntimeError once closed."""
 
     def close(self) -> None: ...

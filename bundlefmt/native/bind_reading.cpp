@@ -29,8 +29,8 @@ std::vector<int64_t> copy(const Integers& from) {
 // A batch that is under way, and the memory that it fills.
 class Submitted {
  public:
-  Submitted(std::shared_ptr<Batch> batch, Memory memory)
-      : batch_(std::move(batch)), memory_(std::move(memory)) {}
+  Submitted(std::shared_ptr<Batch> batch, Memory memory, std::optional<Memory> spare)
+      : batch_(std::move(batch)), memory_(std::move(memory)), spare_(std::move(spare)) {}
   Submitted(const Submitted&) = delete;
   Submitted& operator=(const Submitted&) = delete;
 
@@ -64,6 +64,7 @@ class Submitted {
  private:
   std::shared_ptr<Batch> batch_;
   Memory memory_;
+  std::optional<Memory> spare_;
 };
 
 class BoundEngine {
@@ -93,10 +94,15 @@ class BoundEngine {
                                     const Integers& lengths,
                                     const std::optional<Integers>& bundle_bounds,
                                     const std::optional<Integers>& bundle_starts, int64_t stride,
-                                    const std::optional<Digests>& expected) {
+                                    const std::optional<Digests>& expected,
+                                    const std::optional<Memory>& spare) {
     Reads reads;
     reads.memory = memory.data();
     reads.memory_bytes = static_cast<int64_t>(memory.shape(0));
+    if (spare) {
+      reads.spare = spare->data();
+      reads.spare_bytes = static_cast<int64_t>(spare->shape(0));
+    }
     reads.offsets = copy(offsets);
     reads.bounds = copy(bounds);
     reads.starts = copy(starts);
@@ -113,7 +119,7 @@ class BoundEngine {
     if (const char* fault = reads.fault()) throw nb::value_error(fault);
     auto batch = std::make_shared<Batch>(std::move(reads));
     engine_->submit(batch);
-    return std::make_unique<Submitted>(std::move(batch), memory);
+    return std::make_unique<Submitted>(std::move(batch), memory, spare);
   }
 
   void close() {
@@ -142,7 +148,7 @@ void bind_reading(nb::module_& module) {
            "memory"_a = nb::none())
       .def("submit", &BoundEngine::submit, "memory"_a, "offsets"_a, "bounds"_a, "starts"_a,
            "lengths"_a, "bundle_bounds"_a = nb::none(), "bundle_starts"_a = nb::none(),
-           "stride"_a = 0, "expected"_a = nb::none())
+           "stride"_a = 0, "expected"_a = nb::none(), "spare"_a = nb::none())
       .def("close", &BoundEngine::close);
 }
 

@@ -220,6 +220,7 @@ struct Expected {
       int64_t offset = reads.offsets[k];
       for (auto view = reads.bounds[k]; view < reads.bounds[k + 1]; ++view)
         for (int64_t i = 0; i < reads.lengths[view]; ++i, ++offset) {
+          if (reads.starts[view] == SPARE) continue;
           const auto at = static_cast<size_t>(reads.starts[view] + i);
           bytes[at] = content(offset);
           ++fills[at];
@@ -242,6 +243,9 @@ void read(Data& data) {
   Bytes memory(own ? static_cast<size_t>(reads.memory_bytes) : 0);
   reads.memory = own ? memory.data() : registered().data();
   std::fill_n(reads.memory, reads.memory_bytes, UNTOUCHED);
+  Bytes spare(static_cast<size_t>(seldom(data) ? below(data, 500) : MEMORY_BYTES));
+  reads.spare = spare.data();
+  reads.spare_bytes = static_cast<int64_t>(spare.size());
   const int64_t unit = ALIGNMENTS[below(data, 3)];
   const auto requests = below(data, 9);
   reads.bounds.push_back(0);
@@ -252,7 +256,7 @@ void read(Data& data) {
     for (int64_t view = 0; view < views; ++view) {
       const int64_t room = reads.memory_bytes;
       const int64_t start = below(data, room / unit + 1) * unit;
-      reads.starts.push_back(start);
+      reads.starts.push_back(seldom(data) ? SPARE : start);
       reads.lengths.push_back(views > 8 ? std::min<int64_t>(room - start, 3)
                                         : below(data, (room - start) / unit + 1) * unit);
     }

@@ -65,6 +65,7 @@ class Model:
         verify: bool,
         threads: int,
         queue_depth: int,
+        gap: int,
         ahead: bool,
         progress: Callable[[int, int], None],
     ) -> None:
@@ -93,6 +94,7 @@ class Model:
                     threads=threads,
                     queue_depth=queue_depth,
                     memory=caches.memory,
+                    gap=gap,
                 )
             )
             self.decoder = Decoder(
@@ -246,6 +248,7 @@ def load_model(
     verify: bool = True,
     threads: int = DEFAULT_THREADS,
     queue_depth: int = DEFAULT_QUEUE_DEPTH,
+    gap: int = 0,
     compute_threads: int | None = None,
     ahead: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -258,7 +261,7 @@ def load_model(
     each token's strongest ones, a `share` of them: approximations. With `memory`, in bytes, the
     process keeps within it, and what is left of it holds neurons from token to token (`policy`,
     `window`, `tokens`, `reserved`: see `Caching`); with `ahead`, a layer's likely neurons are read
-    while its attention is computed. `threads` and `queue_depth` are the reader's
+    while its attention is computed. `threads`, `queue_depth` and `gap` are the reader's
     (`BundleFile.reader`); `compute_threads`, where given, becomes the process's number of threads
     to compute with (`kernels.set_threads`). `progress` gets (layers loaded, layers in all). Raises
     UsageError for a model, mode or memory that cannot be, FormatError for a damaged file.
@@ -273,6 +276,7 @@ def load_model(
         verify=verify,
         threads=threads,
         queue_depth=queue_depth,
+        gap=gap,
         ahead=ahead,
         progress=progress,
     )

@@ -73,7 +73,9 @@ const char* Reads::fault() const {
   for (const int64_t offset : offsets)
     if (offset < 0) return "an offset below zero";
   for (size_t view = 0; view < starts.size(); ++view)
-    if (!inside(starts[view], lengths[view], memory_bytes)) return "a view beyond the memory";
+    if (starts[view] == SPARE ? !inside(0, lengths[view], spare_bytes)
+                              : !inside(starts[view], lengths[view], memory_bytes))
+      return "a view beyond the memory";
   for (size_t k = 0; k < n; ++k) {
     int64_t end = offsets[k];
     for (int64_t view = bounds[k]; view < bounds[k + 1]; ++view)
@@ -88,6 +90,11 @@ const char* Reads::fault() const {
   for (const int64_t start : bundle_starts)
     if (!inside(start, stride, memory_bytes)) return "a bundle beyond the memory";
   return nullptr;
+}
+
+iovec Reads::view(int64_t index) const {
+  const auto at = static_cast<size_t>(index);
+  return {starts[at] == SPARE ? spare : memory + starts[at], static_cast<size_t>(lengths[at])};
 }
 
 std::optional<int64_t> Batch::take() {
@@ -118,7 +125,7 @@ bool aligned(const Source& source, const Reads& reads, int64_t request) {
   uint64_t addresses = 0;
   for (auto view = reads.bounds[request]; view < reads.bounds[request + 1]; ++view) {
     together |= reads.lengths[view];
-    addresses |= reinterpret_cast<uintptr_t>(reads.memory + reads.starts[view]);
+    addresses |= reinterpret_cast<uintptr_t>(reads.view(view).iov_base);
   }
   return together % source.offset_alignment == 0 &&
          addresses % static_cast<uint64_t>(source.memory_alignment) == 0;
@@ -128,7 +135,7 @@ std::vector<iovec> views_of(const Reads& reads, int64_t request) {
   std::vector<iovec> views;
   views.reserve(static_cast<size_t>(reads.bounds[request + 1] - reads.bounds[request]));
   for (auto view = reads.bounds[request]; view < reads.bounds[request + 1]; ++view)
-    views.push_back({reads.memory + reads.starts[view], static_cast<size_t>(reads.lengths[view])});
+    views.push_back(reads.view(view));
   return views;
 }
 
@@ -143,7 +150,9 @@ std::optional<Failure> check(const Reads& reads, int64_t request) {
 }
 
 Widened::Widened(const Source& source, const Reads& reads, int64_t request)
-    : needed(bytes_of(reads, request)), skipped(reads.offsets[request] % source.offset_alignment) {
+    : needed(bytes_of(reads, request)),
+      skipped(reads.offsets[request] % source.offset_alignment),
+      spare(reads.spare) {
   const int64_t unit = source.offset_alignment;
   length = (skipped + needed + unit - 1) / unit * unit;
   offset = reads.offsets[request] - skipped;
@@ -156,7 +165,8 @@ Widened::Widened(const Source& source, const Reads& reads, int64_t request)
 void Widened::copy_to(const std::vector<iovec>& views) const {
   const uint8_t* from = memory.get() + skipped;
   for (const iovec& view : views) {
-    if (view.iov_len) std::memcpy(view.iov_base, from, view.iov_len);  // of no memory, it is null
+    if (view.iov_len && view.iov_base != spare)  // of no memory, it is null
+      std::memcpy(view.iov_base, from, view.iov_len);
     from += view.iov_len;
   }
 }

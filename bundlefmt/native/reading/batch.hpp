@@ -23,17 +23,23 @@ struct Source {
   int64_t memory_alignment;
 };
 
+constexpr int64_t SPARE = -1;  // where a view starts whose bytes nobody wants
+
 // Request k reads from offsets[k] on into the views bounds[k] .. bounds[k + 1] - 1, each a piece of
-// `memory`. Once it has come, its bundles, of `stride` bytes each, are hashed.
+// `memory`, or of `spare`, which all of them share since nobody looks at it. Once it has come, its
+// bundles, of `stride` bytes each, are hashed.
 struct Reads {
   uint8_t* memory = nullptr;
   int64_t memory_bytes = 0;
+  uint8_t* spare = nullptr;
+  int64_t spare_bytes = 0;
   std::vector<int64_t> offsets, bounds, starts, lengths;
   std::vector<int64_t> bundle_bounds, bundle_starts;  // empty when nothing is to be checked
   int64_t stride = 0;
   std::vector<uint64_t> expected;
 
   int64_t count() const { return static_cast<int64_t>(offsets.size()); }
+  iovec view(int64_t index) const;
   // Why these reads cannot be; nullptr when they can. Nothing else keeps reads within the memory.
   const char* fault() const;
 };
@@ -90,6 +96,7 @@ struct Widened {
   int64_t needed, skipped;  // bytes of the request, and those read before them
   int64_t offset, length;   // of the read
   std::unique_ptr<uint8_t, Free> memory;
+  const uint8_t* spare;  // which is left as it is
 };
 
 // Whether a request can be read as it stands, into its own views.

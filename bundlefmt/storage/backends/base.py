@@ -13,6 +13,7 @@ from bundlefmt.errors import ReadError, UsageError
 DEFAULT_THREADS = 32  # the paper's number of reading threads
 DEFAULT_QUEUE_DEPTH = 128
 MAX_VIEWS = 1024  # of one scatter read: IOV_MAX on Linux
+SPARE = -1  # where a view starts whose bytes nobody wants
 
 Table = NDArray[np.int64]
 
@@ -29,8 +30,9 @@ class Checks(NamedTuple):
 
 class Requests(NamedTuple):
     """Request k is contiguous bytes of the file, from offsets[k] on, scattered in turn over the
-    views bounds[k] .. bounds[k + 1] - 1; view v is memory[starts[v]:][:lengths[v]]. `memory` is a
-    writable, contiguous uint8 array."""
+    views bounds[k] .. bounds[k + 1] - 1; view v is memory[starts[v]:][:lengths[v]], or where
+    starts[v] is SPARE spare[:lengths[v]], which all may share since nobody looks at it. `memory`
+    and `spare` are writable, contiguous uint8 arrays."""
 
     memory: NDArray[np.uint8]
     offsets: Table
@@ -38,6 +40,7 @@ class Requests(NamedTuple):
     starts: Table
     lengths: Table
     checks: Checks | None = None
+    spare: NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
 
     @property
     def sizes(self) -> Table:

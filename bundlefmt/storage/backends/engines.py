@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bundlefmt import native
 from bundlefmt.errors import ReadError, UsageError
-from bundlefmt.storage.backends.base import Batch, Damaged, Requests
+from bundlefmt.storage.backends.base import SPARE, Batch, Damaged, Requests
 
 Read = Callable[[int, Sequence[NDArray[np.uint8]]], int]
 
@@ -48,8 +48,9 @@ class Native:
         )
 
     def submit(self, requests: Requests) -> Batch:
-        *tables, checks = requests
-        return _NativeBatch(self._path, requests, self._engine.submit(*tables, *(checks or ())))
+        *tables, checks, spare = requests
+        batch = self._engine.submit(*tables, *(checks or ()), spare=spare)
+        return _NativeBatch(self._path, requests, batch)
 
     def close(self) -> None:
         self._engine.close()
@@ -113,8 +114,11 @@ class _PoolBatch:
         self._read = read
         self._memory = requests.memory
         self._offsets = requests.offsets.tolist()
-        ends = (requests.starts + requests.lengths).tolist()
-        views = list(map(slice, requests.starts.tolist(), ends))
+        spare = (requests.starts == SPARE).tolist()
+        starts = np.maximum(requests.starts, 0)
+        slices = map(slice, starts.tolist(), (starts + requests.lengths).tolist())
+        homes = [requests.spare if unwanted else requests.memory for unwanted in spare]
+        views = list(zip(homes, slices, strict=True))
         self._views = [views[a:b] for a, b in pairwise(requests.bounds.tolist())]
         self._checks = requests.checks
         self._next = count()  # next() is atomic under the GIL
@@ -134,13 +138,13 @@ class _PoolBatch:
         when it had them."""
         # Between two reads a thread holds the GIL, and others wait for it: few steps, all local.
         total = end = 0
-        clock, finished, memory = time.perf_counter_ns, self.latencies.append, self._memory
+        clock, finished = time.perf_counter_ns, self.latencies.append
         try:
             for request in self._next:
                 if request >= len(self._offsets) or self._failure is not None:
                     break
                 start = clock()
-                views = [memory[view] for view in self._views[request]]
+                views = [home[view] for home, view in self._views[request]]
                 total += self._read(self._offsets[request], views)
                 if self._checks is not None:
                     self._check(request)
