@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from bundlefmt.file import BundleFile as BundleFile
     from bundlefmt.inspection import inspect as inspect
     from bundlefmt.measurement import bench as bench
+    from bundlefmt.measurement.calibration import calibrate as calibrate
     from bundlefmt.prediction import trace as trace
     from bundlefmt.prediction import train_predictors as train_predictors
     from bundlefmt.runtime.evaluate import evaluate as evaluate
@@ -45,6 +46,7 @@ _HOMES = {
     "WriteError": "errors",
     "append": "convert.update",
     "bench": "measurement",
+    "calibrate": "measurement.calibration",
     "demo": "demonstration",
     "doctor": "diagnosis",
     "evaluate": "runtime.evaluate",

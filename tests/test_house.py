@@ -12,7 +12,7 @@ from bundlefmt.cli import COMMANDS, arguments, bench, pack, run, train_predictor
 from bundlefmt.convert.plan import DTYPES
 from bundlefmt.flash.predictor import RANK, RECALL
 from bundlefmt.layout.planner import ALIGNMENTS
-from bundlefmt.measurement import DEFAULT_SIZE
+from bundlefmt.measurement.target import DEFAULT_SIZE
 from bundlefmt.measurement.reads import DEFAULT_BATCH, ORDERS
 from bundlefmt.prediction import EPOCHS
 from bundlefmt.runtime.config import _DECODERS

@@ -27,6 +27,7 @@ COMMANDS = (
     "train-predictors",
     "demo",
     "bench",
+    "calibrate",
     "doctor",
 )
 
