@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from bundlefmt.inspection import inspect as inspect
     from bundlefmt.measurement import bench as bench
     from bundlefmt.measurement.calibration import calibrate as calibrate
+    from bundlefmt.planning import plan as plan
     from bundlefmt.prediction import trace as trace
     from bundlefmt.prediction import train_predictors as train_predictors
     from bundlefmt.runtime.evaluate import evaluate as evaluate
@@ -53,6 +54,7 @@ _HOMES = {
     "inspect": "inspection",
     "load_model": "runtime.generate",
     "pack": "convert.pack",
+    "plan": "planning",
     "run": "runtime.run",
     "trace": "prediction",
     "train_predictors": "prediction",

@@ -21,7 +21,6 @@ from bundlefmt.flash.predictor import (
 )
 from bundlefmt.flash.traces import Trace, new_trace
 from bundlefmt.flash.training import Training, require_torch, train, trained_tokens
-from bundlefmt.layout.header import Group
 from bundlefmt.layout.header import Predictor as PredictorEntry
 from bundlefmt.runtime.generate import load_model
 from bundlefmt.runtime.text import Tokenizer
@@ -149,7 +148,7 @@ def train_predictors(
     settings = [Training(layer_rank, recall, epochs) for layer_rank in ranks]
     trained: dict[int, tuple[Predictor, Quality]] = {}
     with BundleFile(path) as file, file.reader() as reader:
-        groups = _traced_groups(file, recorded)
+        groups = recorded.groups_of(file)
         for group, setting in zip(groups, settings, strict=True):
             check_rank(setting.rank, group.d_model)
         done, total = 0, epochs * len(layers) * trained_tokens(recorded.info.tokens)
@@ -180,22 +179,6 @@ def train_predictors(
         seconds=time.perf_counter() - start,
         layers=[_row(layer, *found) for layer, found in trained.items()],
     )
-
-
-def _traced_groups(file: BundleFile, recorded: Trace) -> list[Group]:
-    """The file's groups that were traced. Raises UsageError when it was another model's."""
-    if recorded.info.file_id != file.superblock.file_id.hex():
-        raise UsageError(
-            "a trace of another model",
-            file=recorded.path,
-            expected=file.superblock.file_id.hex(),
-            found=recorded.info.file_id,
-        )
-    groups = [file.group(layer.layer) for layer in recorded.info.layers]
-    for group, layer in zip(groups, recorded.info.layers, strict=True):
-        if (group.neurons, group.d_model) != (layer.neurons, layer.d_model):
-            raise UsageError("a trace of another shape", file=recorded.path, field=group.label)
-    return groups
 
 
 def _row(layer: int, predictor: Predictor, found: Quality) -> TrainedLayer:

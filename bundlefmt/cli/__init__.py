@@ -21,6 +21,7 @@ COMMANDS = (
     "inspect",
     "verify",
     "unpack",
+    "plan",
     "run",
     "eval",
     "trace",

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundlefmt.errors import FormatError, UsageError
+from bundlefmt.file import BundleFile
 from bundlefmt.kernels import SPARSE_ACTIVATIONS, Floats
 from bundlefmt.layout.header import Group
 from bundlefmt.storage.atomic import new_folder
@@ -103,6 +104,22 @@ class Trace:
             raise FormatError(f"not a trace's arrays: {error}", file=folder) from error
         self._check(trace, folder)
         return trace
+
+    def groups_of(self, file: BundleFile) -> list[Group]:
+        """The file's groups that were traced, in turn. Raises UsageError when it was another
+        model's."""
+        if self.info.file_id != file.superblock.file_id.hex():
+            raise UsageError(
+                "a trace of another model",
+                file=self.path,
+                expected=file.superblock.file_id.hex(),
+                found=self.info.file_id,
+            )
+        groups = [file.group(layer.layer) for layer in self.info.layers]
+        for group, layer in zip(groups, self.info.layers, strict=True):
+            if (group.neurons, group.d_model) != (layer.neurons, layer.d_model):
+                raise UsageError("a trace of another shape", file=self.path, field=group.label)
+        return groups
 
     def _check(self, trace: LayerTrace, folder: Path) -> None:
         info, tokens = trace.info, self.info.tokens
