@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from bundlefmt.errors import ReadError, WriteError, naming
+from bundlefmt.errors import ReadError, UsageError, WriteError, naming
 from bundlefmt.flash.costmodel import DeviceProfile, decode, encode
 from bundlefmt.storage.atomic import replacing
 from bundlefmt.storage.device import device_identity
@@ -16,10 +16,14 @@ _MOST_NAME = 100  # characters of a device's identity in a file's name
 
 
 def profile_path(device: str) -> Path:
-    """Where the profile of the device with that identity lies, or would."""
+    """Where the profile of the device with that identity lies, or would. Raises UsageError for a
+    user without a home."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not cache.is_absolute():  # as the XDG base directory specification has it
-        cache = Path.home() / ".cache"
+        try:
+            cache = Path.home() / ".cache"
+        except RuntimeError:
+            raise UsageError("no home folder", expected="XDG_CACHE_HOME set") from None
     name = re.sub(r"[^A-Za-z0-9.-]+", "_", device)[-_MOST_NAME:].lstrip(".")
     return cache / "bundlefmt" / "devices" / f"{name or 'unnamed'}.json"
 
@@ -27,8 +31,8 @@ def profile_path(device: str) -> Path:
 def load(path: str | os.PathLike[str]) -> DeviceProfile | None:
     """The profile of the device that a file or folder lies on; None where none was made.
 
-    Raises UsageError when there is no such file, FormatError for a profile that is damaged or of
-    another version, ReadError for one that cannot be read.
+    Raises UsageError when there is no such file and no home, FormatError for a profile that is
+    damaged or of another version, ReadError for one that cannot be read.
     """
     found = profile_path(device_identity(path))
     try:
