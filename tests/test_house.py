@@ -12,7 +12,7 @@ from bundlefmt.cli import COMMANDS, arguments, bench, calibrate, pack, run, trai
 from bundlefmt.convert.plan import DTYPES
 from bundlefmt.flash.predictor import RANK, RECALL
 from bundlefmt.layout.planner import ALIGNMENTS
-from bundlefmt.measurement.target import DEFAULT_SIZE
+from bundlefmt.measurement.calibration import SECONDS
 from bundlefmt.measurement.reads import DEFAULT_BATCH, ORDERS
 from bundlefmt.measurement.target import DEFAULT_SIZE
 from bundlefmt.prediction import EPOCHS
