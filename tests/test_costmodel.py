@@ -20,7 +20,6 @@ from bundlefmt.flash.costmodel import (
     SizeCost,
     decode,
     encode,
-    fitted,
 )
 from bundlefmt.flash.policies import Lru
 
@@ -28,10 +27,13 @@ US = 1e-6
 
 
 def a_profile(*sizes: tuple[int, float, float], **changes: Any) -> DeviceProfile:
-    """Of sizes (bytes, latency in µs, µs per request); by default one where a request costs 10 µs
-    and one more for each KiB."""
-    rows = sizes or tuple((1024 << k, 100.0, 10.0 + (1 << k)) for k in range(11))
-    costs = [SizeCost(size, latency * US, each * US, 5 * US) for size, latency, each in rows]
+    """Of sizes (bytes, latency in µs, µs per request), measured for one request and for 100; by
+    default one where a request costs 10 µs and one more for each KiB, and a batch nothing."""
+    rows = sizes or tuple((1024 << k, 0.0, 10.0 + (1 << k)) for k in range(11))
+    costs = [
+        SizeCost(size, [1, 100], [(latency + n * each) * US for n in (1, 100)], 5 * US)
+        for size, latency, each in rows
+    ]
     settings: dict[str, Any] = {
         "version": VERSION,
         "device": "a disk-8",
@@ -47,55 +49,46 @@ def a_profile(*sizes: tuple[int, float, float], **changes: Any) -> DeviceProfile
 # Batches.
 
 
-@pytest.mark.parametrize(
-    ("nbytes", "latency", "each"),
-    [
-        (1, 100, 10),  # what is smaller costs what the smallest does
-        (4096, 100, 10),
-        (16384, 80, 40),
-        (8192, 8000**0.5, 20),  # half way between logarithms
-        (65536, 80, 160),  # what is larger goes at the rate of the largest
-    ],
-)
-def test_costs_are_interpolated_log_on_log(nbytes: int, latency: float, each: float) -> None:
-    profile = a_profile((4096, 100, 10), (16384, 80, 40))
-    assert profile.latency(nbytes) == pytest.approx(latency * US)
-    assert profile.seconds_per_request(nbytes) == pytest.approx(each * US)
-    assert profile.cpu_seconds(nbytes) == pytest.approx(5 * US)
+TABLE = ((4096, 100.0, 10.0), (16384, 200.0, 40.0))  # one takes 110 or 240 µs; 100 1100 or 4200
 
 
 @pytest.mark.parametrize(
-    ("batches", "microseconds"),
+    ("requests", "nbytes", "microseconds"),
     [
-        ([], 0),
-        ([Batch(0, 0)], 0),
-        ([Batch(1, 4096)], 110),
-        ([Batch(3, 3 * 4096)], 130),
-        ([Batch(3, 3 * 4096), Batch(1, 4096)], 240),
-        ([Batch(0.5, 2048)], 55),  # every other token needs one
-        ([Batch(2, 2 * 16384)], 160),
+        (0, 4096, 0),
+        (1, 4096, 110),
+        (100, 4096, 1100),
+        (10, 4096, (110 * 1100) ** 0.5),  # half way between logarithms
+        (0.5, 4096, 55),  # every other token needs one
+        (200, 4096, 2200),  # beyond the largest batch its rate stays
+        (1, 1, 110),  # what is smaller costs what the smallest does
+        (1, 16384, 240),
+        (1, 8192, (110 * 240) ** 0.5),
+        (100, 8192, (1100 * 4200) ** 0.5),
+        (1, 65536, 960),  # what is larger goes at the rate of the largest
     ],
 )
-def test_a_batch_takes_its_latency_and_so_much_for_each_request(
-    batches: list[Batch], microseconds: float
+def test_batches_are_interpolated_log_on_log(
+    requests: float, nbytes: int, microseconds: float
 ) -> None:
-    profile = a_profile((4096, 100, 10), (16384, 80, 40))
-    assert profile.predict(batches) == pytest.approx(microseconds * US)
+    profile = a_profile(*TABLE)
+    assert profile.batch_seconds(requests, nbytes) == pytest.approx(microseconds * US)
+    assert profile.predict([Batch(requests, requests * nbytes)] * 3) == pytest.approx(
+        3 * microseconds * US
+    )
 
 
-@pytest.mark.parametrize(
-    ("latency", "each"), [(100.0, 10.0), (0.0, 10.0), (100.0, 1e-3), (1.0, 300.0)]
-)
-def test_a_fit_finds_the_line_that_batches_lie_on(latency: float, each: float) -> None:
-    counts = [1, 4, 16, 64, 512]
-    found = fitted(counts, [latency + n * each for n in counts])
-    assert found == pytest.approx((latency, each), rel=1e-6, abs=1e-9)
+def test_a_tokens_batches_follow_one_another() -> None:
+    batches = [Batch(1, 4096), Batch(0, 0), Batch(100, 100 * 16384)]
+    assert a_profile(*TABLE).predict(batches) == pytest.approx((110 + 4200) * US)
+    assert a_profile(*TABLE).predict([]) == 0
 
 
-@pytest.mark.parametrize("seconds", [[1, 8, 40], [5, 4, 3], [3, 3, 3]])
-def test_a_fit_is_never_negative(seconds: list[float]) -> None:
-    latency, each = fitted([1, 4, 16], seconds)
-    assert latency >= 0 and each > 0
+def test_each_of_many_requests_costs_its_share_of_the_largest_batch() -> None:
+    profile = a_profile(*TABLE)
+    assert profile.seconds_per_request(4096) == pytest.approx(11 * US)
+    assert profile.seconds_per_request(65536) == pytest.approx(4 * 42 * US)
+    assert profile.cpu_seconds(10_000) == pytest.approx(5 * US)
 
 
 @pytest.mark.parametrize("bundle", [1 << 10, 4 << 10, 16 << 10, 64 << 10])
@@ -131,7 +124,11 @@ DAMAGE: dict[str, tuple[bytes, bytes]] = {
     "no version": (b'"version"', b'"edition"'),
     "another version": (b'"version": 1', b'"version": 2'),
     "no sizes": (b'"sizes"', b'"lengths"'),
-    "a negative time": (b'"latency": ', b'"latency": -'),
+    "a negative time": (b'"cpu_seconds": ', b'"cpu_seconds": -'),
+    "no batches": (b'"counts"', b'"numbers"'),
+    "counts that do not ascend": (b"1,\n        100", b"100,\n        1"),
+    "more counts than seconds": (b"1,\n        100", b"1,\n        2,\n        100"),
+    "counts of nothing": (b"1,\n        100", b"0,\n        100"),
     "no rate": (b"2000000000.0", b"0"),
     "no number": (b"2000000000.0", b"1e999"),
     "text for a number": (b"2000000000.0", b'"fast"'),

@@ -43,19 +43,20 @@ def run(args: argparse.Namespace) -> int:
         output.print_json(msgspec.to_builtins(found))
         return 0
     profile = found.profile
+    rates = [profile.seconds_per_request(cost.bytes) for cost in profile.sizes]
     output.print_table(
-        ["request", "batch µs", "and each µs", "MB/s", "reads/s", "CPU µs/read", "break-even gap"],
+        ["request", "one µs", "of many µs", "MB/s", "reads/s", "CPU µs/read", "break-even gap"],
         [
             [
                 output.size(cost.bytes),
-                f"{cost.latency * 1e6:,.0f}",
-                f"{cost.seconds_per_request * 1e6:,.1f}",
-                f"{cost.bytes / cost.seconds_per_request / 1e6:,.0f}",
-                f"{1 / cost.seconds_per_request:,.0f}",
+                f"{profile.batch_seconds(1, cost.bytes) * 1e6:,.0f}",
+                f"{each * 1e6:,.1f}",
+                f"{cost.bytes / each / 1e6:,.0f}",
+                f"{1 / each:,.0f}",
                 f"{cost.cpu_seconds * 1e6:.1f}",
                 output.size(gap.break_even_gap),
             ]
-            for cost, gap in zip(profile.sizes, found.gaps, strict=True)
+            for cost, gap, each in zip(profile.sizes, found.gaps, rates, strict=True)
         ],
     )
     fallback = f" ({found.fallback})" if found.fallback else ""

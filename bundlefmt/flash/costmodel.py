@@ -1,10 +1,9 @@
 """What reads from a device cost: the arithmetic, free of I/O.
 
-Strategy: what limits sparse reading is the number of requests. A batch of n random requests of s
-bytes takes latency(s) + n * seconds_per_request(s), both fitted to batches of several n that were
-measured at some sizes, and interpolated between those, log on log. The rate is that of the depth
-which the reader keeps, so that it is not a parameter. One long span takes what the sequential rate
-says.
+Strategy: what limits sparse reading is the number of requests. Batches of several numbers of random
+requests were measured at some sizes, at the depth that the reader keeps; what a batch of n requests
+of s bytes takes is interpolated between them, log on log in both: about a latency and so much for
+each request. One long span takes what the sequential rate says.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from typing import Annotated, NamedTuple
 import msgspec
 import numpy as np
 from msgspec import Meta, Struct
-from numpy.typing import NDArray
 
 from bundlefmt.errors import FormatError
 
@@ -39,13 +37,24 @@ class Batch(NamedTuple):
 
 
 class SizeCost(Struct, frozen=True):
-    """What random requests of so many bytes cost: a batch of n takes latency + n *
-    seconds_per_request of time, and n * cpu_seconds of the process's CPU."""
+    """What random requests of so many bytes cost: a batch of counts[k] of them takes seconds[k],
+    and each of them cpu_seconds of the process's CPU time."""
 
     bytes: Bytes
-    latency: Seconds
-    seconds_per_request: SomeSeconds
+    counts: Annotated[list[Annotated[int, Meta(ge=1, le=1 << 20)]], Meta(min_length=1)]
+    seconds: list[SomeSeconds]
     cpu_seconds: Seconds
+
+    def __post_init__(self) -> None:
+        if self.counts != sorted(set(self.counts)) or len(self.counts) != len(self.seconds):
+            raise ValueError("counts do not ascend, or not one for each of the seconds")
+
+    def batch(self, requests: float) -> float:
+        """Seconds for a batch. Beyond the largest measured the rate stays; less than one request
+        is one that is not always needed."""
+        near = min(max(requests, self.counts[0]), self.counts[-1])
+        logs = np.interp(np.log(near), np.log(self.counts), np.log(self.seconds))
+        return float(np.exp(logs)) * requests / near
 
 
 class DeviceProfile(Struct, frozen=True):
@@ -66,30 +75,30 @@ class DeviceProfile(Struct, frozen=True):
         if sizes != sorted(set(sizes)):
             raise ValueError("sizes do not ascend")
 
-    def latency(self, nbytes: float) -> float:
-        """Seconds that a batch of requests of that size takes besides those for each of them."""
-        return self._interpolated(nbytes, [cost.latency for cost in self.sizes])
+    def batch_seconds(self, requests: float, nbytes: float) -> float:
+        """Seconds for a batch of so many requests of so many bytes each."""
+        if not requests:
+            return 0.0
+        largest = self.sizes[-1].bytes  # beyond it the rate stays
+        found = self._interpolated(nbytes, [cost.batch(requests) for cost in self.sizes])
+        return found * max(nbytes / largest, 1.0)
 
     def seconds_per_request(self, nbytes: float) -> float:
-        """Seconds that each request of that size adds to its batch."""
-        largest = self.sizes[-1].bytes  # beyond it the rate stays
-        found = self._interpolated(nbytes, [cost.seconds_per_request for cost in self.sizes])
-        return found * max(nbytes / largest, 1.0)
+        """Seconds for each request of a batch that is large."""
+        many = max(cost.counts[-1] for cost in self.sizes)
+        return self.batch_seconds(many, nbytes) / many
 
     def cpu_seconds(self, nbytes: float) -> float:
         """Seconds of CPU time for each request of that size."""
         return self._interpolated(nbytes, [cost.cpu_seconds for cost in self.sizes])
 
     def predict(self, batches: Iterable[Batch]) -> float:
-        """Seconds for batches that are waited for one after the other. A batch of less than one
-        request is one that is not always needed."""
-        total = 0.0
-        for requests, nbytes in batches:
-            if requests > 0:
-                size = nbytes / requests
-                total += min(requests, 1.0) * self.latency(size)
-                total += requests * self.seconds_per_request(size)
-        return total
+        """Seconds for batches that are waited for one after the other."""
+        return sum(
+            self.batch_seconds(requests, nbytes / requests)
+            for requests, nbytes in batches
+            if requests
+        )
 
     def break_even_gap(self, bundle_bytes: int) -> int:
         """Up to how many bytes between two wanted bundles it pays to read along: then one request
@@ -107,25 +116,6 @@ class DeviceProfile(Struct, frozen=True):
         sizes = [cost.bytes for cost in self.sizes]
         logs = np.log(np.maximum(seconds, _LEAST_SECONDS))
         return float(np.exp(np.interp(np.log(max(nbytes, 1)), np.log(sizes), logs)))
-
-
-def fitted(counts: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
-    """(latency, seconds per request), neither negative, nearest to batches of so many requests
-    that took so long: least squares of the relative errors."""
-    n, t = np.asarray(counts, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
-    terms = np.stack([np.ones_like(n), n], axis=1) / t[:, None]
-    latency, each = _least_squares(terms)
-    if latency < 0:
-        latency, each = 0.0, *_least_squares(terms[:, 1:])
-    elif each <= 0:
-        latency, each = *_least_squares(terms[:, :1]), 0.0
-    return latency, max(each, _LEAST_SECONDS)
-
-
-def _least_squares(terms: NDArray[np.float64]) -> list[float]:
-    """The factors with which the terms [n, k] come nearest to one."""
-    factors: list[float] = np.linalg.lstsq(terms, np.ones(terms.shape[0]), rcond=None)[0].tolist()
-    return factors
 
 
 def encode(profile: DeviceProfile) -> bytes:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from bundlefmt import kernels
 from bundlefmt.errors import UsageError
 from bundlefmt.flash import profiles
-from bundlefmt.flash.costmodel import VERSION, DeviceProfile, SizeCost, fitted
+from bundlefmt.flash.costmodel import VERSION, DeviceProfile, SizeCost
 from bundlefmt.layout.header import Group, Part, Region, Span
 from bundlefmt.measurement import machine
 from bundlefmt.measurement.reads import Pattern, Taken, timed
@@ -208,10 +208,10 @@ class _Rounds:
     def cost(self, size: int) -> SizeCost:
         """What the medians say of a size; CPU time is that of the largest batches."""
         counts = [count for of, count in self.batches if of == size]
-        latency, each = fitted(counts, [_median(self.batches[size, count]) for count in counts])
+        seconds = [_median(self.batches[size, count]) for count in counts]
         largest = self.batches[size, counts[-1]]
         cpu = statistics.mean(taken.cpu_seconds for taken in largest) / counts[-1]
-        return SizeCost(size, latency, each, cpu)
+        return SizeCost(size, counts, seconds, cpu)
 
 
 def _median(taken: Sequence[Taken]) -> float:
