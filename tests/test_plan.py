@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,15 @@ def calibrated(path: Path) -> DeviceProfile:
     return profile
 
 
-def room_for(path: Path, share: float, **options: Any) -> int:
+def room_for(path: Path, held: float, **options: Any) -> int:
     """A limit whose cache holds about that share of the FFN."""
     whole = bundlefmt.plan(path, PLENTY, **options)
     least = PLENTY - whole.split["unused"] - whole.split["slack"] - whole.ffn_bytes
-    return int((least + share * whole.ffn_bytes + (16 << 20)) / 0.99) + 4096
+    return int((least + held * whole.ffn_bytes + (16 << 20)) / 0.99) + 4096
 
 
 @pytest.mark.parametrize("mode", ["dense", "exact", "topk"])
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("share", [0.06, 0.5, 1.0])
 def test_the_split_is_the_whole_memory_and_what_a_load_makes_of_it(
     demo_bundle: Path, mode: str, share: float
 ) -> None:
@@ -85,7 +86,7 @@ def test_too_little_memory_is_refused_as_a_load_refuses_it(demo_bundle: Path, me
     assert bundlefmt.plan(demo_bundle, int(least), mode="exact").cached_share == 0
 
 
-@pytest.mark.parametrize("share", [0.02, 0.3])
+@pytest.mark.parametrize("share", [0.06, 0.3])
 def test_a_traces_misses_are_those_of_a_run_over_the_same_text(
     demo_bundle: Path, demo_traces: Path, share: float
 ) -> None:
@@ -95,27 +96,79 @@ def test_a_traces_misses_are_those_of_a_run_over_the_same_text(
     planned = bundlefmt.plan(demo_bundle, traces=demo_traces, **options)
     assert planned.activity == "traced"
     with bundlefmt.load_model(demo_bundle, **options) as model:
+        assert model.budget is not None and not model.budget.streamed
         ids = Tokenizer(model.file).encode((DEMO / "README.md").read_text())[:tokens]
         seen = model.decoder.new_cache(tokens)
         for token in ids[: tokens // 2]:
             model.decoder.forward([token], seen)
-        before = model.reader.stats.bundles
+        before = replace(model.reader.stats)
         for token in ids[tokens // 2 :]:
             model.decoder.forward([token], seen)
-        read = (model.reader.stats.bundles - before) / (tokens - tokens // 2)
+        read = (model.reader.stats.bundles - before.bundles) / (tokens - tokens // 2)
+        requests = (model.reader.stats.requests - before.requests) / (tokens - tokens // 2)
         group = model.file.groups[0]
     known = group.parts[0].length
+    assert planned.requests_per_token == pytest.approx(requests, rel=0.2)
     assert planned.bytes_per_token == pytest.approx(read * (group.stride - known), rel=0.07, abs=99)
 
 
 def test_dense_reads_what_the_cache_does_not_hold(demo_bundle: Path) -> None:
-    for share in (0.0, 0.25, 1.0):
+    for share in (0.06, 0.25, 1.0):
         memory = room_for(demo_bundle, share, tokens=64)
         planned = bundlefmt.plan(demo_bundle, memory, tokens=64)
         left = (1 - planned.cached_share) * planned.ffn_bytes
         assert planned.bytes_per_token == pytest.approx(left)
         assert (planned.activity, planned.active_share) == ("every", 1.0)
         assert (planned.requests_per_token == 0) == (share == 1.0)
+
+
+def test_neurons_that_touch_are_one_request(small_bundle: Path) -> None:
+    options: dict[str, Any] = {"mode": "topk", "share": 0.9, "tokens": 64}
+    planned = bundlefmt.plan(small_bundle, room_for(small_bundle, 0.0, **options), **options)
+    with bundlefmt.load_model(small_bundle, mode="topk", share=0.9) as model:
+        before = replace(model.reader.stats)
+        for token in range(40):
+            model.logits([token])
+        stats = model.reader.stats
+    bundles, requests = stats.bundles - before.bundles, stats.requests - before.requests
+    assert requests < bundles / 4
+    assert planned.requests_per_token == pytest.approx(requests / 40, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("fixture", "tied"), [("opt", True), ("llama", False), ("phi", False), ("persimmon", False)]
+)
+def test_a_token_takes_all_that_is_resident_but_embeddings(
+    tmp_path: Path, fixture: str, tied: bool
+) -> None:
+    path = tmp_path / "model.bundle"
+    bundlefmt.pack(FIXTURES / fixture, path)
+    stages = {stage.name: stage.bytes for stage in bundlefmt.plan(path, PLENTY).stages}
+    unused = ("embed_positions.weight", *(() if tied else ("embed_tokens.weight",)))
+    with bundlefmt.open(path) as file:
+        tensors = {name: file.tensor(name).nbytes for name in file.tensor_names}
+    used = [nbytes for name, nbytes in tensors.items() if not name.endswith(unused)]
+    assert stages["attention and head"] == sum(used) < sum(tensors.values())
+
+
+def test_attention_that_does_not_fit_is_planned_to_be_streamed(demo_bundle: Path) -> None:
+    profile = calibrated(demo_bundle)
+    memory = room_for(demo_bundle, 0.0, mode="exact", tokens=64)
+    planned = bundlefmt.plan(demo_bundle, memory, mode="exact", tokens=64)
+    with bundlefmt.load_model(demo_bundle, mode="exact", memory=memory, tokens=64) as model:
+        assert model.budget is not None
+        assert planned.streamed == list(model.budget.streamed) != []
+        names = [name for name in model.file.tensor_names if "self_attn" in name]
+        matrices = [name for name in names if len(model.file.tensor_entry(name).shape) == 2]
+        every = sum(model.file.tensor(name).nbytes for name in matrices)
+    stages = {stage.name: stage for stage in planned.stages}
+    streaming, reading = stages["reading attention"], stages["reading neurons"]
+    assert streaming.bytes == pytest.approx(every * len(planned.streamed) / 5)
+    expected = 1e3 * streaming.bytes / profile.sequential_bytes_per_second
+    assert streaming.milliseconds == pytest.approx(expected)
+    assert planned.bytes_per_token == pytest.approx(streaming.bytes + reading.bytes)
+    plenty = bundlefmt.plan(demo_bundle, PLENTY, mode="exact", tokens=64)
+    assert plenty.streamed == []
 
 
 def test_without_a_trace_the_papers_shares_are_assumed_and_said(demo_bundle: Path) -> None:
@@ -169,17 +222,16 @@ def test_more_memory_reads_less_and_affords_a_longer_window(
         bundlefmt.plan(
             demo_bundle, room_for(demo_bundle, share, mode="exact", tokens=64), **options
         )
-        for share in (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
+        for share in (0.06, 0.1, 0.2, 0.4, 0.8, 1.0)
     ]
     for less, more in itertools.pairwise(plans):
         assert more.bytes_per_token <= less.bytes_per_token
         assert more.hit_rate >= less.hit_rate
         assert (np.array(more.windows) >= less.windows).all()
-    assert plans[0].windows == [0] * 5
     assert [line for line in plans[-1].advice if line.bytes_per_token is not None] == []
 
 
-@pytest.mark.parametrize("share", [0.0, 0.05, 0.2, 0.9])
+@pytest.mark.parametrize("share", [0.0, 0.06, 0.2, 0.9])
 def test_the_memory_advised_does_what_is_promised(
     demo_bundle: Path, demo_traces: Path, share: float
 ) -> None:
@@ -189,7 +241,11 @@ def test_the_memory_advised_does_what_is_promised(
     (advised,) = [line for line in planned.advice if line.change == "more memory"]
     assert advised.memory is not None and advised.memory > memory
     followed = bundlefmt.plan(demo_bundle, advised.memory, **options)
-    assert followed.bytes_per_token == pytest.approx(advised.bytes_per_token, rel=0.02)
+    assert advised.bytes_per_token is not None
+    if planned.streamed:  # the memory for two layers becomes free
+        assert followed.bytes_per_token <= advised.bytes_per_token
+    else:
+        assert followed.bytes_per_token == pytest.approx(advised.bytes_per_token, rel=0.03)
     if advised.window is None:
         assert followed.cached_share == 1
     else:

@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
                 f"{output.share(found.cached_share, 1)} of the FFN ("
                 f"{output.size(found.ffn_bytes)}), a window of {window} tokens",
             ),
+            ("streamed", f"the attention of {len(found.streamed)} layers"),
             (
                 "active",
                 f"{output.share(found.active_share, 1)} of the neurons, "

@@ -15,7 +15,7 @@ from bundlefmt.flash.reuse import Reuse
 from bundlefmt.planning import advice
 from bundlefmt.planning.activity import TRACED_MODES, Activity, activity
 from bundlefmt.planning.advice import Advice
-from bundlefmt.planning.token import READING, Costs, Token
+from bundlefmt.planning.token import Costs, Token
 from bundlefmt.runtime import memory as memory_of
 from bundlefmt.runtime import selection
 from bundlefmt.runtime.config import decoder_config
@@ -37,9 +37,9 @@ class PlannedStage:
 @dataclass(frozen=True)
 class Plan:
     """How the memory is divided, in bytes, and what a token is expected to take once the cache is
-    full. `windows` are how many tokens' active neurons the cache holds, by layer; `activity` is
-    `every`, `traced` or `assumed`, and `activity_from` what it was taken from. Milliseconds are
-    None where `untimed` says why."""
+    full. `streamed` are the layers whose attention finds no room, `windows` how many tokens' active
+    neurons the cache holds, by layer; `activity` is `every`, `traced` or `assumed`, and
+    `activity_from` what it was taken from. Milliseconds are None where `untimed` says why."""
 
     path: str
     mode: str
@@ -48,6 +48,7 @@ class Plan:
     split: dict[str, int]
     ffn_bytes: int
     cached_share: float
+    streamed: list[int]
     windows: list[int]
     activity: str
     activity_from: str
@@ -88,7 +89,7 @@ def plan(
         profile, untimed = _profile(file.path)
         found = activity(file, selecting, traces, progress)
         costs = Costs(file, config, selecting, found.groups)
-        token = costs.token(budget.slots)
+        token = costs.token(budget.slots, budget.streamed)
         whole = sum(group.bundles.length for group in file.groups)
         neurons = sum(group.neurons for group in file.groups)
         total = None if profile is None else 1e3 * token.total_seconds(profile)
@@ -107,7 +108,8 @@ def plan(
             hit_rate=token.hit_rate,
             stages=_stages(token, profile),
             bytes_per_token=token.bytes_read,
-            requests_per_token=token.requests,
+            requests_per_token=sum(token.requests.values()),
+            streamed=list(budget.streamed),
             milliseconds_per_token=total,
             untimed=untimed,
             advice=_advice(file, selecting, budget, found, costs, profile),
@@ -134,7 +136,7 @@ def _stages(token: Token, profile: DeviceProfile | None) -> list[PlannedStage]:
         PlannedStage(
             name,
             nbytes,
-            token.requests if name == READING else 0.0,
+            token.requests.get(name, 0.0),
             1e3 * seconds[name] if name in seconds else None,
         )
         for name, nbytes in token.stages.items()

@@ -14,7 +14,7 @@ from bundlefmt.kernels import SPARSE_ACTIVATIONS
 from bundlefmt.layout.encodings import ENCODINGS
 from bundlefmt.layout.header import Group
 from bundlefmt.layout.planner import choose_stride, place_parts
-from bundlefmt.planning.token import Costs
+from bundlefmt.planning.token import STREAMING, Costs
 from bundlefmt.runtime.selection import Selecting
 
 _WINDOWS = (2, 5, 10, 20, 50, 100, 200)  # tokens
@@ -51,9 +51,11 @@ def memory(
     else:
         window, share = None, 1.0
     slots = [math.ceil(group.neurons * share) for group in groups]
+    needed = max(count / group.neurons for count, group in zip(slots, groups, strict=True)) * whole
+    more = needed - budget.cache + costs.token(slots, budget.streamed).stages[STREAMING]
     yield Advice(
         "more memory",
-        budget.limit + math.ceil((share * whole - budget.cache) * _SLACK),
+        budget.limit + math.ceil(more * _SLACK),
         window,
         costs.token(slots).bytes_read,
     )
@@ -69,7 +71,7 @@ def encoding(groups: Sequence[Group], budget: Budget, costs: Costs) -> Iterator[
     if then < now:
         scale = then / now
         slots = [int(count / scale) for count in budget.slots]
-        read = costs.token(slots, scale).bytes_read
+        read = costs.token(slots, budget.streamed, scale).bytes_read
         yield Advice(f"pack --dtype {_FEWER_BITS}", bytes_per_token=read)
 
 

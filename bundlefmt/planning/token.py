@@ -1,8 +1,9 @@
 """What a token costs: bytes, requests and time, stage by stage.
 
 Arithmetic takes as long as its weights take from memory. What the cache holds of a layer's FFN is
-computed while the rest is being read; otherwise one stage follows the other. What the runtime reads
-ahead of a layer's turn, where its guesses pay, makes tokens faster than this.
+computed while the rest is being read, and attention that finds no room in memory is read during all
+other arithmetic; otherwise one stage follows the other. Guesses that pay, by which neurons are read
+ahead of their layer's turn, make tokens faster than this.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from bundlefmt.layout.header import Group
 from bundlefmt.reader import MAX_REQUEST
 from bundlefmt.runtime.config import DecoderConfig
 from bundlefmt.runtime.selection import Selecting
+from bundlefmt.runtime.weights import attention_matrices
 
+STREAMING = "reading attention"
 ATTENTION = "attention and head"
 CHOOSING = "choosing neurons"
 READING = "reading neurons"
@@ -28,7 +31,7 @@ COMPUTING = "computing neurons"
 @dataclass(frozen=True)
 class Token:
     """A token, on average: bytes that each stage computes from, or reads; the batches in which it
-    reads them (`in_sequence`: all neurons, as they lie in the file); and which share of its active
+    reads neurons (`in_sequence`: all, as they lie in the file); and which share of its active
     neurons the cache holds."""
 
     stages: dict[str, float]
@@ -37,23 +40,25 @@ class Token:
     hit_rate: float
 
     @property
-    def bytes_read(self) -> float:
-        """Of the file."""
-        return self.stages[READING]
+    def requests(self) -> dict[str, float]:
+        """Of the stages that read."""
+        return {
+            STREAMING: self.stages[STREAMING] / MAX_REQUEST,
+            READING: sum(batch.requests for batch in self.batches),
+        }
 
     @property
-    def requests(self) -> float:
-        """That read them."""
-        return sum(batch.requests for batch in self.batches)
+    def bytes_read(self) -> float:
+        """Of all stages that read."""
+        return sum(self.stages[name] for name in self.requests)
 
     def seconds(self, profile: DeviceProfile) -> dict[str, float]:
         """By stage, on the device with that profile."""
-        rate = profile.compute_bytes_per_second
+        rate, sequential = profile.compute_bytes_per_second, profile.sequential_bytes_per_second
         found = {name: nbytes / rate for name, nbytes in self.stages.items()}
+        found[STREAMING] = self.stages[STREAMING] / sequential
         found[READING] = (
-            self.bytes_read / profile.sequential_bytes_per_second
-            if self.in_sequence
-            else profile.predict(self.batches)
+            self.stages[READING] / sequential if self.in_sequence else profile.predict(self.batches)
         )
         return found
 
@@ -61,6 +66,8 @@ class Token:
         """Of all stages, what overlaps counted once."""
         by_stage = self.seconds(profile)
         overlap = min(by_stage[READING], by_stage[COMPUTING] * self.hit_rate)
+        arithmetic = by_stage[ATTENTION] + by_stage[CHOOSING] + by_stage[COMPUTING]
+        overlap += min(by_stage[STREAMING], arithmetic - overlap)
         return sum(by_stage.values()) - overlap
 
 
@@ -80,11 +87,17 @@ class Costs:
         self._dense = selecting.mode == "dense"
         self._resident = _resident_bytes(file, config)
         self._choosing = _choosing_bytes(file, selecting)
+        self._attention = [
+            sum(tensor.data.length for tensor in attention_matrices(file, config, layer))
+            for layer in range(len(config.layers))
+        ]
         self._known = [_known_bytes(group, selecting) for group in file.groups]
 
-    def token(self, slots: Sequence[int], scale: float = 1.0) -> Token:
-        """With a neuron cache of so many slots in each group, and neurons of `scale` times the
-        bytes that they have."""
+    def token(
+        self, slots: Sequence[int], streamed: Sequence[int] = (), scale: float = 1.0
+    ) -> Token:
+        """With a neuron cache of so many slots in each group, layers whose attention is `streamed`,
+        and neurons of `scale` times the bytes that they have."""
         batches: list[Batch] = []
         active = missing = computed = 0.0
         rows = zip(self._groups, self._reuse, self._known, slots, strict=True)
@@ -95,6 +108,7 @@ class Costs:
             missing += misses
             computed += reuse.active * (group.used - known) * scale
         stages = {
+            STREAMING: float(sum(self._attention[layer] for layer in streamed)),
             ATTENTION: float(self._resident),
             CHOOSING: float(self._choosing),
             READING: sum(batch.nbytes for batch in batches),
