@@ -60,6 +60,12 @@ def room_for(path: Path, held: float, **options: Any) -> int:
     return int((least + held * whole.ffn_bytes + (16 << 20)) / 0.99) + 4096
 
 
+def least_of(refusal: UsageError) -> int:
+    """The smallest limit that works, as the refusal of a smaller one names it."""
+    (found,) = re.findall(r"at least (\d+) bytes", str(refusal))
+    return int(found)
+
+
 @pytest.mark.parametrize("mode", ["dense", "exact", "topk"])
 @pytest.mark.parametrize("share", [0.06, 0.5, 1.0])
 def test_the_split_is_the_whole_memory_and_what_a_load_makes_of_it(
@@ -82,8 +88,8 @@ def test_too_little_memory_is_refused_as_a_load_refuses_it(demo_bundle: Path, me
             refusing(demo_bundle, memory=memory, mode="exact")
         said.append(str(refused.value))
     assert said[0] == said[1]
-    (least,) = re.findall(r"at least (\d+) bytes", said[0])
-    assert bundlefmt.plan(demo_bundle, int(least), mode="exact").cached_share == 0
+    least = least_of(refused.value)
+    assert bundlefmt.plan(demo_bundle, least, mode="exact").cached_share == 0
 
 
 @pytest.mark.parametrize("share", [0.06, 0.3])
@@ -124,7 +130,10 @@ def test_dense_reads_what_the_cache_does_not_hold(demo_bundle: Path) -> None:
 
 def test_neurons_that_touch_are_one_request(small_bundle: Path) -> None:
     options: dict[str, Any] = {"mode": "topk", "share": 0.9, "tokens": 64}
-    planned = bundlefmt.plan(small_bundle, room_for(small_bundle, 0.0, **options), **options)
+    with pytest.raises(UsageError) as refused:
+        bundlefmt.plan(small_bundle, 1, **options)
+    planned = bundlefmt.plan(small_bundle, least_of(refused.value), **options)
+    assert planned.hit_rate == 0
     with bundlefmt.load_model(small_bundle, mode="topk", share=0.9) as model:
         before = replace(model.reader.stats)
         for token in range(40):
