@@ -317,6 +317,8 @@ def test_predictors_are_asked_for_what_the_trace_saw(
     assert planned.active_share == pytest.approx(groups[0].neurons / 5120)
     stages = {stage.name: stage.bytes for stage in planned.stages}
     assert stages["choosing neurons"] == sum(array.nbytes for array in tensors.values())
+    without = bundlefmt.plan(demo_bundle, PLENTY).stages
+    assert stages["attention and head"] in {stage.bytes for stage in without}
 
 
 def test_json_holds_the_whole_plan(
