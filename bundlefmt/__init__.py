@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from bundlefmt.file import BundleFile as BundleFile
     from bundlefmt.inspection import inspect as inspect
     from bundlefmt.measurement import bench as bench
+    from bundlefmt.measurement.calibration import calibrate as calibrate
     from bundlefmt.ordering import reorder as reorder
+    from bundlefmt.planning import plan as plan
     from bundlefmt.prediction import trace as trace
     from bundlefmt.prediction import train_predictors as train_predictors
     from bundlefmt.runtime.evaluate import evaluate as evaluate
@@ -46,12 +48,14 @@ _HOMES = {
     "WriteError": "errors",
     "append": "convert.update",
     "bench": "measurement",
+    "calibrate": "measurement.calibration",
     "demo": "demonstration",
     "doctor": "diagnosis",
     "evaluate": "runtime.evaluate",
     "inspect": "inspection",
     "load_model": "runtime.generate",
     "pack": "convert.pack",
+    "plan": "planning",
     "reorder": "ordering",
     "run": "runtime.run",
     "trace": "prediction",

@@ -125,7 +125,7 @@ class _Reorder:
         self._file = file
         self._recorded = recorded
         self._gap = gap
-        self._traced = {group.label: i for i, group in enumerate(recorded.groups(file))}
+        self._traced = {group.label: i for i, group in enumerate(recorded.groups_of(file))}
         self._seen, self._held_out = parted(recorded.info.tokens)
 
     def order(self, group: Group) -> NDArray[np.uint32]:

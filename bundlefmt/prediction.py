@@ -148,7 +148,7 @@ def train_predictors(
     settings = [Training(layer_rank, recall, epochs) for layer_rank in ranks]
     trained: dict[int, tuple[Predictor, Quality]] = {}
     with BundleFile(path) as file, file.reader() as reader:
-        groups = recorded.groups(file)
+        groups = recorded.groups_of(file)
         for group, setting in zip(groups, settings, strict=True):
             check_rank(setting.rank, group.d_model)
         done, total = 0, epochs * len(layers) * parted(recorded.info.tokens)[0].size

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,7 +24,10 @@ BAD = VECTORS / "bad"
 REFUSALS: dict[str, dict[str, str]] = json.loads((BAD / "errors.json").read_text())
 TEXT = DEMO / "README.md"
 PROMPT = ["--prompt", "ROMEO:", "--max-new-tokens", "4"]
+PLAN = ["--memory", "1GiB", "--mode", "exact"]
+CACHE = tempfile.TemporaryDirectory()  # device profiles, for as long as these tests take
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+ENVIRONMENT["XDG_CACHE_HOME"] = CACHE.name
 
 Result = subprocess.CompletedProcess[str]
 
@@ -69,6 +73,9 @@ WORK: dict[str, list[str]] = {
     "eval": ["eval", "{demo}", "--text", str(DEMO / "README.md"), "--max-tokens", "20"],
     "bench": ["bench", "{demo}", "--threads", "2", "--backend", "buffered"],
     "bench, device": ["bench", "--dir", "{tmp}", "--size", "1M", "--chunk-size", "4K,16K"],
+    "calibrate": ["calibrate", "{tmp}", "--size", "64M", "--seconds", "0"],
+    "plan": ["plan", "{demo}", *PLAN],
+    "plan, traced": ["plan", "{demo}", *PLAN, "--traces", "{traces}"],
     "doctor": ["doctor", "--dir", "{tmp}"],
     "demo": ["demo"],
 }
@@ -179,6 +186,13 @@ MISUSE: dict[str, list[str]] = {
     "no folder to write to": ["pack", str(DEMO), "-o", "{tmp}/missing/new.bundle"],
     "no folder to measure": ["bench", "--dir", "{tmp}/missing"],
     "no folder to look at": ["doctor", "--dir", "{tmp}/missing"],
+    "no such file, plan": ["plan", "{tmp}/missing.bundle", "--memory", "1GiB"],
+    "a plan in no memory": ["plan", "{demo}", "--memory", "1M"],
+    "a plan on no trace": ["plan", "{demo}", *PLAN, "--traces", "{tmp}"],
+    "nothing to calibrate": ["calibrate", "{tmp}/missing"],
+    "too small to calibrate": ["calibrate", "{tmp}", "--size", "1M"],
+    "calibrated on too small a file": ["calibrate", "{demo}"],
+    "calibrated in the past": ["calibrate", "{tmp}", "--size", "64M", "--seconds", "-1"],
     "no threads": ["bench", "{demo}", "--threads", "0"],
     "no threads to run with": ["run", "{demo}", *PROMPT, "--threads", "0"],
     "no depth": ["bench", "{demo}", "--queue-depth", "0"],

@@ -8,12 +8,22 @@ import pytest
 
 import bundlefmt
 from bundlefmt.checkpoints.families import FAMILIES
-from bundlefmt.cli import COMMANDS, arguments, bench, pack, reorder, run, train_predictors
+from bundlefmt.cli import (
+    COMMANDS,
+    arguments,
+    bench,
+    calibrate,
+    pack,
+    reorder,
+    run,
+    train_predictors,
+)
 from bundlefmt.convert.plan import DTYPES
 from bundlefmt.flash.predictor import RANK, RECALL
 from bundlefmt.layout.planner import ALIGNMENTS
-from bundlefmt.measurement import DEFAULT_SIZE
+from bundlefmt.measurement.calibration import SECONDS
 from bundlefmt.measurement.reads import DEFAULT_BATCH, ORDERS
+from bundlefmt.measurement.target import DEFAULT_SIZE
 from bundlefmt.ordering import GAP
 from bundlefmt.prediction import EPOCHS
 from bundlefmt.runtime.config import _DECODERS
@@ -38,7 +48,8 @@ def test_the_command_line_offers_what_the_package_has() -> None:
     assert arguments.QUEUE_DEPTH == DEFAULT_QUEUE_DEPTH
     assert arguments.BATCH == DEFAULT_BATCH
     assert arguments.ORDERS == ORDERS
-    assert bench.SIZE == DEFAULT_SIZE
+    assert bench.SIZE == calibrate.SIZE == DEFAULT_SIZE
+    assert calibrate.SECONDS == SECONDS
     assert (train_predictors.RANK, train_predictors.RECALL) == (RANK, RECALL)
     assert train_predictors.EPOCHS == EPOCHS
     assert reorder.GAP == GAP

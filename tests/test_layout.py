@@ -430,6 +430,16 @@ def test_parts_of_different_encodings_are_each_aligned() -> None:
 # The house: imports only go down
 
 PACKAGE = Path(bundlefmt.__file__).parent
+# What single commands do.
+TOOLS = {
+    "measurement",
+    "diagnosis",
+    "demonstration",
+    "inspection",
+    "ordering",
+    "planning",
+    "prediction",
+}
 STOREYS = (
     {"errors"},
     {"native"},
@@ -443,7 +453,15 @@ STOREYS = (
     {"flash"},
     {"runtime"},
     {"integrations"},
-    {"measurement", "diagnosis", "demonstration", "inspection", "ordering", "prediction"},
+    {
+        "measurement",
+        "diagnosis",
+        "demonstration",
+        "inspection",
+        "ordering",
+        "planning",
+        "prediction",
+    },
     {"cli"},
     {"__init__", "__main__"},  # the facade: names from everywhere, imported when first used
 )
@@ -494,14 +512,27 @@ def test_imports_only_go_down(name: str) -> None:
 
 
 def test_tools_of_one_storey_do_not_lean_on_each_other() -> None:
-    tools = {"measurement", "diagnosis", "demonstration", "inspection", "ordering", "prediction"}
+    tools = {
+        "measurement",
+        "diagnosis",
+        "demonstration",
+        "inspection",
+        "ordering",
+        "planning",
+        "prediction",
+    }
     for name in MODULES:
         storey = name.split(".")[0]
-        assert storey not in tools or not storeys_below(name) & (tools - {storey}), name
+        assert storey not in TOOLS or not storeys_below(name) & (TOOLS - {storey}), name
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if in_storey(name, "layout")])
-def test_layout_does_no_io(name: str) -> None:
+ARITHMETIC = ["flash.costmodel", "flash.reuse", "planning.token", "planning.advice"]
+
+
+@pytest.mark.parametrize(
+    "name", [*(name for name in MODULES if in_storey(name, "layout")), *ARITHMETIC]
+)
+def test_layout_and_cost_model_do_no_io(name: str) -> None:
     roots = {found.split(".")[0] for found in imported_by(name)}
     assert not roots & {"os", "io", "pathlib", "mmap", "shutil", "socket", "tempfile"}
     called = {

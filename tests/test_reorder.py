@@ -224,7 +224,7 @@ def test_what_it_reports_is_what_a_reader_then_does(
         (tmp_path / "new.bundle", GAP, report.total.after_gap),
     ):
         with bundlefmt.open(path) as file, file.reader("buffered", gap=gap) as reader:
-            for index, group in enumerate(trace.groups(file)):
+            for index, group in enumerate(trace.groups_of(file)):
                 active = trace.layer(index).active(held_out)
                 for token in active:
                     reader.read(group.layer, np.flatnonzero(token))

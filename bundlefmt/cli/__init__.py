@@ -21,6 +21,7 @@ COMMANDS = (
     "inspect",
     "verify",
     "unpack",
+    "plan",
     "run",
     "eval",
     "trace",
@@ -28,6 +29,7 @@ COMMANDS = (
     "reorder",
     "demo",
     "bench",
+    "calibrate",
     "doctor",
 )
 

@@ -115,9 +115,9 @@ class Trace:
         self._check(trace, folder)
         return trace
 
-    def groups(self, file: BundleFile) -> list[Group]:
-        """The groups of the file that were traced. Raises UsageError when it was another model's
-        file."""
+    def groups_of(self, file: BundleFile) -> list[Group]:
+        """The file's groups that were traced, in turn. Raises UsageError when it was another
+        model's."""
         if self.info.file_id != file.superblock.file_id.hex():
             raise UsageError(
                 "a trace of another model",

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from bundlefmt.errors import ReadError, UsageError, WriteError
+from bundlefmt.errors import ReadError, UsageError
 from bundlefmt.file import BundleFile
 from bundlefmt.layout.header import Group
 from bundlefmt.measurement import fio, machine
@@ -33,7 +32,7 @@ from bundlefmt.measurement.reads import (
     timed,
     two_in_flight,
 )
-from bundlefmt.storage.atomic import require_free_space, scratch_file
+from bundlefmt.measurement.target import DEFAULT_SIZE, SEED, target, touched
 from bundlefmt.storage.backends import (
     BACKENDS,
     DEFAULT_QUEUE_DEPTH,
@@ -41,14 +40,9 @@ from bundlefmt.storage.backends import (
     open_backend,
     whole_rows,
 )
-from bundlefmt.storage.buffers import aligned_empty
 from bundlefmt.storage.device import drop_cache
 
 DEFAULT_CHUNKS = (4 << 10, 16 << 10, 64 << 10)
-DEFAULT_SIZE = 1 << 30
-
-_WRITE_STEP = 16 << 20
-_SEED = 1
 
 
 @dataclass(frozen=True)
@@ -120,7 +114,7 @@ def bench(
     if model is None and adjacent:
         raise UsageError("only bundles can be adjacent: name a bundle file", field="adjacent")
     rows: list[BenchRow] = []
-    with _target(model, folder, size) as (path, file):
+    with target(model, folder, size) as (path, file):
         usable, unusable = _backends(path, backend)
         counts = {name: queue_depths if name == "uring" else threads for name in usable}
         chunks = chunk_sizes or ([file.groups[0].stride] if file else DEFAULT_CHUNKS)
@@ -164,29 +158,6 @@ def _ceilings(path: str, chunks: Sequence[int]) -> tuple[list[fio.Ceiling], str 
         return [], error.what
 
 
-@contextmanager
-def _target(
-    model: str | os.PathLike[str] | None, folder: str | os.PathLike[str], size: int
-) -> Iterator[tuple[str, BundleFile | None]]:
-    """The file to read: the model, or a temporary file full of random bytes."""
-    if model is not None:
-        with BundleFile(model) as file:
-            if not file.groups:
-                raise UsageError("a file without bundles", file=model)
-            yield file.path, file
-        return
-    require_free_space(Path(folder), size)
-    with scratch_file(folder) as temporary:
-        block = np.random.default_rng(_SEED).bytes(_WRITE_STEP)
-        try:
-            for start in range(0, size, _WRITE_STEP):
-                temporary.write(block[: size - start])
-            temporary.flush()
-        except OSError as error:
-            raise WriteError(f"cannot write: {error.strerror}", file=folder) from error
-        yield temporary.name, None
-
-
 class _Setting(NamedTuple):
     """What a row is measured with; `in_flight`: the queue depth of uring, threads of the others."""
 
@@ -211,11 +182,11 @@ def _bench_device(path: str, setting: _Setting) -> BenchRow:
         raise UsageError(
             "chunk does not fit the file", field="chunk-size", expected=f"1..{size}", found=chunk
         )
-    random = np.random.default_rng(_SEED)
+    random = np.random.default_rng(SEED)
     count = min(reads_per_repetition(chunk), size // chunk)
     pattern = setting.pattern._replace(batch=min(setting.pattern.batch, count))
     bounds = range(pattern.batch, count, pattern.batch)
-    memory = _touched(count, chunk)
+    memory = touched(count, chunk)
 
     @contextmanager
     def session(repetition: int) -> Iterator[_Session]:
@@ -244,7 +215,7 @@ def _bench_device(path: str, setting: _Setting) -> BenchRow:
 
 def _bench_bundles(file: BundleFile, setting: _Setting) -> BenchRow:
     """Batches from one group after the other."""
-    random = np.random.default_rng(_SEED)
+    random = np.random.default_rng(SEED)
     stride, least = file.groups[0].stride, min(group.neurons for group in file.groups)
     width = min(max(round(setting.chunk / stride), 1), least)
     pattern = setting.pattern.fitted(least, width)
@@ -260,7 +231,7 @@ def _bench_bundles(file: BundleFile, setting: _Setting) -> BenchRow:
             queue_depth=setting.in_flight,
         ) as reader:
             batches = [
-                (group, neurons, _touched(neurons.size, group.stride))
+                (group, neurons, touched(neurons.size, group.stride))
                 for group, neurons in _draw(file, pattern, width, count, repetition, random)
             ]
             for group, _, _ in batches:
@@ -298,13 +269,6 @@ def _draw(
         order = file.order(group)
         for slots in pattern.draw(group.neurons, width, len(range(k, count, groups)), random):
             yield group, slots if order is None else order[slots].astype(np.int64)
-
-
-def _touched(rows: int, width: int) -> NDArray[np.uint8]:
-    """Memory [rows, width] whose pages are there: no read pays for them."""
-    memory = aligned_empty(rows * width)
-    memory.fill(0)
-    return memory.reshape(rows, width)
 
 
 def _measure(

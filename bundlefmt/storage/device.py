@@ -15,6 +15,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from bundlefmt.errors import UsageError
 from bundlefmt.storage.buffers import aligned_empty
 
 _AT_EMPTY_PATH = 0x1000
@@ -64,8 +65,7 @@ def _alignments(fd: int) -> tuple[int, int, str]:
         memory, offset = _STATX_DIO.unpack_from(buffer, _STATX_DIO_OFFSET)
         if mask & _STATX_DIOALIGN and memory and offset:
             return memory, offset, "statx"
-    device = os.fstat(fd).st_dev
-    block = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+    block = _sys_entry(os.fstat(fd).st_dev)
     for queue in (block / "queue", block.resolve().parent / "queue"):  # a disk, a partition of one
         try:
             size = int((queue / "logical_block_size").read_text())
@@ -73,6 +73,44 @@ def _alignments(fd: int) -> tuple[int, int, str]:
             continue
         return size, size, "logical block size"
     return SAFE_ALIGNMENT, SAFE_ALIGNMENT, "default"
+
+
+def device_identity(path: str | os.PathLike[str]) -> str:
+    """What tells the device under a file or folder from others, as long as the machine keeps it:
+    of a disk, whichever its partition, an identifier of its own (its name, where it has none) and
+    its size; of what is no disk, the file system. Raises UsageError when there is no such file."""
+    try:
+        number = Path(path).stat().st_dev
+    except OSError as error:
+        raise UsageError(f"no such file: {error.strerror}", file=path) from error
+    kind, source = _mounted(number)
+    if not _sys_entry(number).exists() and Path(source).is_block_device():
+        number = Path(source).stat().st_rdev  # btrfs, say, has numbers that are no device's
+    block = _sys_entry(number).resolve()
+    if not block.exists():
+        return f"{kind}-{source}"
+    disk = block.parent if (block / "partition").exists() else block
+    names = ("wwid", "device/wwid", "device/serial", "serial", "dm/uuid", "md/uuid")
+    texts = [line.strip() for name in names for line in _lines(f"{disk}/{name}")[:1]]
+    sectors = "".join(_lines(f"{disk}/size")[:1])
+    return f"{next(filter(None, texts), disk.name)}-{sectors}"
+
+
+def _mounted(number: int) -> tuple[str, str]:
+    """The file system with that device number: its kind and what is mounted there (man 5 proc,
+    mountinfo)."""
+    wanted = f"{os.major(number)}:{os.minor(number)}"
+    for line in _lines("/proc/self/mountinfo"):
+        mount, _, source = line.partition(" - ")
+        if mount.split()[2] == wanted:
+            kind, name = source.split(" ")[:2]
+            return kind, name
+    return "unknown", wanted
+
+
+def _sys_entry(number: int) -> Path:
+    """What /sys says of the block device with that number."""
+    return Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
 
 
 def drop_cache(path: str | os.PathLike[str]) -> None:
