@@ -512,15 +512,6 @@ def test_imports_only_go_down(name: str) -> None:
 
 
 def test_tools_of_one_storey_do_not_lean_on_each_other() -> None:
-    tools = {
-        "measurement",
-        "diagnosis",
-        "demonstration",
-        "inspection",
-        "ordering",
-        "planning",
-        "prediction",
-    }
     for name in MODULES:
         storey = name.split(".")[0]
         assert storey not in TOOLS or not storeys_below(name) & (TOOLS - {storey}), name
