@@ -263,6 +263,6 @@ def test_a_policy_that_cannot_be_is_refused(settings: dict[str, object], field: 
 
 
 def test_every_policy_can_be_asked_for() -> None:
-    for name in POLICIES:
+    for name in set(POLICIES) - {"none"}:
         caching = Caching(1 << 30, name, window=3 if name == "window" else None)
         assert caching.new_policy(4).name == name

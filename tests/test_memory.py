@@ -58,6 +58,16 @@ def test_every_policy_gives_the_same_text(demo_bundle: Path, mode: str, policy: 
         assert text(demo_bundle, memory=memory, **options) == expected
 
 
+def test_without_a_cache_of_its_own_reads_go_through_the_operating_systems(
+    demo_bundle: Path,
+) -> None:
+    with cached(demo_bundle, PLENTY, mode="exact", policy="none") as model:
+        assert model.reader.backend == "buffered"
+        assert all(cache is None for cache in model.caches)
+        assert model.budget is not None
+        assert model.budget.cache == 0
+
+
 @pytest.mark.parametrize("resident", [None, "gate", "up"])
 def test_parts_in_dram_and_neurons_in_the_cache_meet(tmp_path: Path, resident: str | None) -> None:
     path = tmp_path / "llama.bundle"

@@ -10,7 +10,7 @@ THREADS = 32
 QUEUE_DEPTH = 128
 BATCH = 512  # neurons
 ORDERS = ("random", "sorted")
-POLICIES = ("lru", "lfu", "window")
+POLICIES = ("lfu", "lru", "window", "none")
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -65,7 +65,10 @@ def add_caching(parser: argparse.ArgumentParser) -> None:
         help="of the whole process, such as 7GiB; what is left of it caches neurons",
     )
     parser.add_argument(
-        "--policy", default="lru", choices=POLICIES, help="which neurons the cache lets go"
+        "--policy",
+        default="lfu",
+        choices=POLICIES,
+        help="which neurons the cache lets go; none leaves caching to the operating system",
     )
     parser.add_argument(
         "--window", type=int, metavar="TOKENS", help="whose neurons policy window keeps"

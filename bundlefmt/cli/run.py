@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict
 
 from bundlefmt.cli import arguments, output
@@ -59,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compute-threads", type=int, metavar="N", help="default: one for each CPU"
     )
+    parser.add_argument(
+        "--timeline", metavar="FILE.svg", help="draw there where the last pass's time went"
+    )
     arguments.add_reading(parser)
     arguments.add_json(parser)
 
@@ -68,35 +72,40 @@ def run(args: argparse.Namespace) -> int:
     from bundlefmt.runtime.run import run as generate
 
     unshown = args.prompt
+    loading = ExitStack()
 
     def show(piece: str) -> None:
         nonlocal unshown
+        loading.close()  # the bar would take what is written for its own
         if not args.json:
             sys.stdout.write(printable_text(unshown + piece))
             sys.stdout.flush()
             unshown = ""
 
-    report = generate(
-        args.model,
-        args.prompt,
-        args.max_new_tokens,
-        mode=args.mode,
-        share=args.share,
-        memory=args.memory,
-        policy=args.policy,
-        window=args.window,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        draft=args.draft,
-        draft_tokens=args.draft_tokens,
-        backend=args.backend,
-        verify=not args.no_verify,
-        threads=args.threads,
-        queue_depth=args.queue_depth,
-        compute_threads=args.compute_threads,
-        on_text=show,
-    )
+    with loading:
+        report = generate(
+            args.model,
+            args.prompt,
+            args.max_new_tokens,
+            mode=args.mode,
+            share=args.share,
+            memory=args.memory,
+            policy=args.policy,
+            window=args.window,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
+            draft=args.draft,
+            draft_tokens=args.draft_tokens,
+            backend=args.backend,
+            verify=not args.no_verify,
+            threads=args.threads,
+            queue_depth=args.queue_depth,
+            compute_threads=args.compute_threads,
+            timeline=args.timeline,
+            on_text=show,
+            progress=loading.enter_context(output.progress("loading layers", in_bytes=False)),
+        )
     if args.json:
         output.print_json(asdict(report))
         return 0
@@ -120,6 +129,13 @@ def run(args: argparse.Namespace) -> int:
             ),
             ("read amplification", f"{report.read_amplification:.2f}"),
             ("I/O, compute", f"{report.io_seconds:.2f} s, {report.compute_seconds:.2f} s"),
+            (
+                "ms per token",
+                ", ".join(
+                    f"{stage} {1e3 * seconds:.1f}"
+                    for stage, seconds in report.stage_seconds_per_token.items()
+                ),
+            ),
             ("peak memory", output.size(report.peak_memory)),
         ]
     )

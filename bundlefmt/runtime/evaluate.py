@@ -67,7 +67,7 @@ def evaluate(
     *,
     mode: str = "dense",
     memory: int | None = None,
-    policy: str = "lru",
+    policy: str = "lfu",
     window: int | None = None,
     max_tokens: int | None = None,
     context: int | None = None,

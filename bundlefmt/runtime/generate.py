@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundlefmt import kernels
-from bundlefmt.errors import FormatError, UsageError, naming
+from bundlefmt.errors import BundleError, FormatError, UsageError, naming
 from bundlefmt.file import BundleFile
+from bundlefmt.flash import profiles
 from bundlefmt.flash.budget import Budget
 from bundlefmt.reader import Reader
 from bundlefmt.runtime.attention import LayerCache
@@ -65,7 +66,7 @@ class Model:
         verify: bool,
         threads: int,
         queue_depth: int,
-        gap: int,
+        gap: int | None,
         ahead: bool,
         progress: Callable[[int, int], None],
     ) -> None:
@@ -87,6 +88,8 @@ class Model:
                 if rotation is not None:
                     stack.callback(rotation.close)
             self.caches = caches.groups
+            if backend == "auto" and caching is not None and caching.policy == "none":
+                backend = "buffered"  # the operating system can keep only what goes through it
             self.reader: Reader = stack.enter_context(
                 self.file.reader(
                     backend,
@@ -94,7 +97,7 @@ class Model:
                     threads=threads,
                     queue_depth=queue_depth,
                     memory=caches.memory,
-                    gap=gap,
+                    gap=_paying_gap(self.file) if gap is None else gap,
                 )
             )
             self.decoder = Decoder(
@@ -240,7 +243,7 @@ def load_model(
     mode: str = "dense",
     share: float = 0.3,
     memory: int | None = None,
-    policy: str = "lru",
+    policy: str = "lfu",
     window: int | None = None,
     tokens: int | None = None,
     reserved: int = 0,
@@ -248,7 +251,7 @@ def load_model(
     verify: bool = True,
     threads: int = DEFAULT_THREADS,
     queue_depth: int = DEFAULT_QUEUE_DEPTH,
-    gap: int = 0,
+    gap: int | None = None,
     compute_threads: int | None = None,
     ahead: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -261,7 +264,8 @@ def load_model(
     each token's strongest ones, a `share` of them: approximations. With `memory`, in bytes, the
     process keeps within it, and what is left of it holds neurons from token to token (`policy`,
     `window`, `tokens`, `reserved`: see `Caching`); with `ahead`, a layer's likely neurons are read
-    while its attention is computed. `threads`, `queue_depth` and `gap` are the reader's
+    while its attention is computed. `threads`, `queue_depth` and `gap` (None: what
+    pays on the file's device, if it was calibrated) are the reader's
     (`BundleFile.reader`); `compute_threads`, where given, becomes the process's number of threads
     to compute with (`kernels.set_threads`). `progress` gets (layers loaded, layers in all). Raises
     UsageError for a model, mode or memory that cannot be, FormatError for a damaged file.
@@ -280,6 +284,18 @@ def load_model(
         ahead=ahead,
         progress=progress,
     )
+
+
+def _paying_gap(file: BundleFile) -> int:
+    """Up to how many bytes between two bundles it pays to read along; 0 on a device that nobody
+    has measured, or whose profile cannot be used."""
+    try:
+        profile = profiles.load(file.path)
+    except BundleError:
+        return 0
+    if profile is None or not file.groups:
+        return 0
+    return profile.break_even_gap(max(group.stride for group in file.groups))
 
 
 def _eos(file: BundleFile) -> frozenset[int]:

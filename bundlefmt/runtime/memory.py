@@ -24,7 +24,7 @@ from bundlefmt.runtime.weights import attention_matrices
 from bundlefmt.storage.buffers import aligned_empty
 from bundlefmt.storage.device import resident_memory
 
-POLICIES = ("lru", "lfu", "window")
+POLICIES = ("lfu", "lru", "window", "none")
 
 _FEWEST_STREAMED = 3  # layers: with two pieces of memory for them, fewer spare nothing
 _LEAST_CACHE = 0.05  # of all bundles: a smaller cache costs more reads than streaming saves memory
@@ -35,12 +35,13 @@ _TOKENS = 2048  # of the longest text, where neither the caller nor the model sa
 @dataclass(frozen=True)
 class Caching:
     """A process's memory in bytes, and how the neuron cache uses what is left of it: `policy` is
-    one of POLICIES, `window` that of policy window, `tokens` the longest text, prompt included
-    (None: the model's context, at most 2048), `reserved` the bytes that others in the process are
-    yet to take. Raises UsageError for what cannot be."""
+    one of POLICIES (with `none` there is no such cache: reads go through the operating system's,
+    which keeps what it has room for), `window` that of policy window, `tokens` the longest text,
+    prompt included (None: the model's context, at most 2048), `reserved` the bytes that others in
+    the process are yet to take. Raises UsageError for what cannot be."""
 
     memory: int
-    policy: str = "lru"
+    policy: str = "lfu"
     window: int | None = None
     tokens: int | None = None
     reserved: int = 0
@@ -82,7 +83,8 @@ def plan(file: BundleFile, config: DecoderConfig, selecting: Selecting, caching:
     cache has room to be of use. Raises UsageError when it is too little."""
     wanted = needs(file, config, selecting, caching.tokens_of(config))
     wanted = replace(wanted, process=wanted.process + caching.reserved)
-    useful = _LEAST_CACHE * sum(group.bundles.length for group in file.groups)
+    cached = [] if caching.policy == "none" else file.groups
+    useful = _LEAST_CACHE * sum(group.bundles.length for group in cached)
     matrices = [attention_matrices(file, config, layer) for layer in range(len(config.layers))]
     rooms = {layer: room_for(found) for layer, found in enumerate(matrices) if found}
     streamed: tuple[int, ...] = ()
@@ -96,7 +98,8 @@ def plan(file: BundleFile, config: DecoderConfig, selecting: Selecting, caching:
             resident=wanted.resident - sum(rooms[layer] for layer in streamed),
             buffers=wanted.buffers + 2 * max(rooms[layer] for layer in streamed),
         )
-    return divide(caching.memory, spared, file.groups, streamed)
+    budget = divide(caching.memory, spared, cached, streamed)
+    return budget if cached else replace(budget, slots=(0,) * len(file.groups))
 
 
 def needs(file: BundleFile, config: DecoderConfig, selecting: Selecting, tokens: int) -> Needs:

@@ -6,13 +6,17 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from bundlefmt.file import BundleFile
+from bundlefmt.runtime.clock import Span
 from bundlefmt.runtime.draft import DraftReport, opened_draft, report_of, yet_to_take
 from bundlefmt.runtime.generate import Model, Sampling, load_model
 from bundlefmt.runtime.speculative import DRAFT_TOKENS
 from bundlefmt.runtime.text import Tokenizer
+from bundlefmt.runtime.timeline import drawing
+from bundlefmt.storage.atomic import replacing, write_all
 from bundlefmt.storage.backends import DEFAULT_QUEUE_DEPTH, DEFAULT_THREADS
 from bundlefmt.storage.device import resident_memory
 
@@ -21,7 +25,9 @@ from bundlefmt.storage.device import resident_memory
 class RunReport:
     """How a generation went. Bytes and seconds are of the whole generation, prompt included, but
     for those `per_token`, which are means over the tokens after the first. Bytes and requests are
-    the model's, without its draft's. `peak_memory` is the process's, in bytes."""
+    the model's, without its draft's. `stage_seconds_per_token` are those of `runtime.clock.STAGES`,
+    and `reading_seconds_per_token` those during which reads of neurons were in flight, overlapped
+    or not. `peak_memory` is the process's, in bytes."""
 
     text: str
     mode: str
@@ -42,6 +48,8 @@ class RunReport:
     read_amplification: float
     io_seconds: float
     compute_seconds: float
+    stage_seconds_per_token: dict[str, float]
+    reading_seconds_per_token: float
     peak_memory: int
     draft: DraftReport | None = None
 
@@ -54,7 +62,7 @@ def run(
     mode: str = "dense",
     share: float = 0.3,
     memory: int | None = None,
-    policy: str = "lru",
+    policy: str = "lfu",
     window: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -66,13 +74,18 @@ def run(
     threads: int = DEFAULT_THREADS,
     queue_depth: int = DEFAULT_QUEUE_DEPTH,
     compute_threads: int | None = None,
+    timeline: str | os.PathLike[str] | None = None,
     on_text: Callable[[str], None] = lambda piece: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> RunReport:
-    """Load a bundle file's model and continue `prompt`; `on_text` gets the text as it is made.
+    """Load a bundle file's model and continue `prompt`; `on_text` gets the text as it is made,
+    `progress` (layers loaded, layers in all). `timeline` is a file to draw the last pass in, as
+    SVG.
 
     `draft` is another bundle file, whose model proposes `draft_tokens` tokens for each pass; it
     stays in memory whole, and `memory` counts it. Raises what `load_model` and `Model.generate`
-    raise, and UsageError when a file carries no tokenizer or the draft's has other tokens.
+    raise, UsageError when a file carries no tokenizer or the draft's has other tokens, WriteError
+    for a timeline that cannot be written.
     """
     start = time.perf_counter()
     sampling = Sampling(temperature, top_p, seed)
@@ -98,15 +111,23 @@ def run(
             window=window,
             tokens=tokens,
             reserved=yet_to_take(drafting),
+            progress=progress,
             **reading,
         ) as model,
     ):
-        generation = _Timed(model, ids, max_new_tokens, sampling, drafting, draft_tokens)
+        keeps_spans = timeline is not None
+        generation = _Timed(
+            model, ids, max_new_tokens, sampling, drafting, draft_tokens, keeps_spans
+        )
         load_seconds = time.perf_counter() - start
         text = ""
         for piece in tokenizer.pieces(generation):
             text += piece
             on_text(piece)
+        if timeline is not None:
+            picture = drawing(generation.spans, f"{Path(path).name}, mode {mode}: the last pass")
+            with replacing(timeline, force=True) as file:
+                write_all(file.fileno(), picture.encode(), 0)
         return generation.report(text, load_seconds)
 
 
@@ -121,7 +142,10 @@ class _Timed:
         sampling: Sampling,
         draft: Model | None,
         draft_tokens: int,
+        keeps_spans: bool,
     ) -> None:
+        self.spans: list[Span] = []  # of the last pass
+        self._keeps_spans = keeps_spans
         self._model = model
         self._draft = draft
         self._ids = ids
@@ -129,17 +153,23 @@ class _Timed:
         self._made = 0
         self._prompt_seconds = self._seconds = 0.0
         self._before = self._after_prompt = replace(model.reader.stats)
+        self._stages_before = dict(model.clock.seconds)
 
     def __iter__(self) -> Iterator[int]:
+        clock = self._model.clock
         while True:  # what is done with a token, between two of them, is not counted
+            if self._keeps_spans:
+                clock.keep_spans()
             start = time.perf_counter()
             token = next(self._tokens, None)
             self._seconds += time.perf_counter() - start
             if token is None:
                 return
+            self.spans = clock.spans or self.spans
             if not self._made:
                 self._prompt_seconds = self._seconds
                 self._after_prompt = replace(self._model.reader.stats)
+                self._stages_before = dict(clock.seconds)
             self._made += 1
             yield token
 
@@ -150,6 +180,10 @@ class _Timed:
         decoding = reader.stats.since(self._after_prompt)
         decoded = self._made - 1  # the first token comes out of the prompt's pass
         decode_seconds = self._seconds - self._prompt_seconds
+
+        def per_token(total: float) -> float:
+            return total / decoded if decoded > 0 else 0.0
+
         return RunReport(
             text=text,
             mode=self._model.mode,
@@ -165,11 +199,16 @@ class _Timed:
             tokens_per_second=decoded / decode_seconds if decoded > 0 else 0.0,
             ffn_bytes=sum(group.bundles.length for group in self._model.file.groups),
             bytes_read=whole.bytes_read,
-            bytes_read_per_token=decoding.bytes_read / decoded if decoded > 0 else 0.0,
-            requests_per_token=decoding.requests / decoded if decoded > 0 else 0.0,
+            bytes_read_per_token=per_token(decoding.bytes_read),
+            requests_per_token=per_token(decoding.requests),
             read_amplification=whole.read_amplification,
             io_seconds=whole.seconds,
             compute_seconds=self._seconds - whole.seconds,
+            stage_seconds_per_token={
+                stage: per_token(seconds - self._stages_before[stage])
+                for stage, seconds in self._model.clock.seconds.items()
+            },
+            reading_seconds_per_token=per_token(decoding.busy_seconds),
             peak_memory=resident_memory(peak=True),
             draft=None if self._draft is None else report_of(self._draft, self._model),
         )
