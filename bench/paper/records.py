@@ -1,0 +1,42 @@
+"""What a step is told, and what it says: one line of JSON each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """What a step runs with: the table's name for it; the bundle file and its checkpoint's folder;
+    one of PAPER; bytes of memory; tokens counted, and of the prompt before them."""
+
+    step: str
+    bundle: str
+    checkpoint: str | None
+    model: str
+    limit: int
+    tokens: int
+    prompt_tokens: int
+    seed: int = 0
+    recall: float = 0.85
+    wrong: float = 0.15
+
+
+@dataclass(frozen=True)
+class Token:
+    """What one token took, in seconds and bytes; None where it cannot be told apart."""
+
+    seconds: float
+    io: float | None = None
+    waited: float | None = None
+    manage: float | None = None
+    nbytes: int | None = None
+    requests: int | None = None
+
+
+@dataclass(frozen=True)
+class Caching:
+    """The neuron cache: the share of the FFN's neurons that it has room for."""
+
+    share: float

@@ -1,0 +1,153 @@
+"""One step of the table, in a process of its own: `python -m bench.paper.steps SETTINGS` prints a
+line of JSON per token as it is made, so that what is not done in time leaves something too.
+
+I/O is the time that the device was busy with reads, `waited` the part of it for which the process
+did nothing else; manage is finding and making place in the cache, and handing out reads; compute
+is the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from bench.paper import dense, outside
+from bench.paper.figures import PAPER
+from bench.paper.records import Caching, Settings, Token
+from bench.paper.replay import fill_caches, random_predictors, replay
+from bench.paper.traces import Trace, fit
+from bench.paper.unbundled import unbundle
+from bundlefmt.file import BundleFile
+from bundlefmt.runtime.decoder import Decoder
+from bundlefmt.runtime.generate import Model, load_model
+
+_FIRST = 3  # tokens of a replay that are not counted: memory is touched, the cache settles
+
+
+def text(settings: Settings, vocabulary: int) -> list[int]:
+    """The prompt and what follows it: the same in each step."""
+    random = np.random.default_rng(settings.seed)
+    count = settings.prompt_tokens + settings.tokens + _FIRST
+    return [int(token) for token in random.integers(4, vocabulary, count)]
+
+
+def made(
+    decoder: Decoder, settings: Settings, before: Callable[[], None], skipped: int
+) -> Iterator[None]:
+    """Feeds the prompt (at the first `next`), then one token at a time."""
+    ids = text(settings, decoder.vocabulary)
+    prompt, rest = ids[: settings.prompt_tokens], ids[settings.prompt_tokens :]
+    cache = decoder.new_cache(len(ids))
+    decoder.logits(decoder.forward(prompt, cache)[-1:])
+    yield
+    for token in rest[: settings.tokens + skipped]:
+        hidden = decoder.forward([token], cache)
+        before()
+        decoder.logits(hidden)
+        yield
+
+
+def dense_step(settings: Settings) -> Iterator[Token]:
+    """naive, mapped, hybrid."""
+    make = {"naive": dense.naive, "mapped": dense.mapped, "hybrid": dense.hybrid}[settings.step]
+    made_of = make(settings.bundle, settings.limit, settings.prompt_tokens + settings.tokens)
+    decoder, before_head, loads = made_of
+    tokens = made(decoder, settings, before_head, skipped=0)
+    next(tokens)
+    while True:
+        before = (loads.seconds, loads.nbytes) if loads else (0.0, 0)
+        start = time.perf_counter()
+        if next(tokens, tokens) is tokens:
+            return
+        seconds = time.perf_counter() - start
+        if loads is None:
+            yield Token(seconds)
+        else:
+            io = loads.seconds - before[0]
+            yield Token(seconds, io, io, 0.0, loads.nbytes - before[1])
+
+
+def sparse_step(settings: Settings) -> Iterator[Token | Caching]:
+    """predictor, window, bundling, overlap."""
+    paper = PAPER[settings.model]
+    with BundleFile(settings.bundle) as file:
+        groups = file.groups
+    predictors = random_predictors(groups, paper)
+    reuse = fit(paper.predicted, paper.held, paper.fresh, paper.window)
+    tokens = settings.tokens + _FIRST
+    trace = Trace(reuse, len(groups), groups[0].neurons, tokens, settings.seed)
+    with _loaded(settings) as model:
+        if settings.step in ("predictor", "window"):
+            unbundle(model)
+        if settings.step != "predictor":
+            fill_caches(model, trace)
+        replay(model, predictors, trace)
+        steps = made(model.decoder, settings, lambda: None, skipped=_FIRST)
+        next(steps)
+        yield from _timed(model, steps)
+        caches = [cache for cache in model.caches if cache is not None]
+        if caches:
+            slots = sum(cache.rows.shape[0] for cache in caches)
+            yield Caching(slots / sum(group.neurons for group in groups))
+
+
+def _loaded(settings: Settings) -> Model:
+    """The model, as the step has it. What it is to keep within the limit counts what this process
+    holds already: the predictors and the trace."""
+    tokens = settings.prompt_tokens + settings.tokens + _FIRST
+    if settings.step == "predictor":
+        return load_model(settings.bundle, verify=False)
+    verify = settings.step != "window"
+    return load_model(settings.bundle, memory=settings.limit, tokens=tokens, verify=verify)
+
+
+def _timed(model: Model, tokens: Iterator[None]) -> Iterator[Token]:
+    for number in range(sys.maxsize):
+        before = replace(model.reader.stats)
+        start = time.perf_counter()
+        if next(tokens, tokens) is tokens:
+            return
+        seconds, stats = time.perf_counter() - start, model.reader.stats
+        if number >= _FIRST:
+            yield Token(
+                seconds,
+                io=stats.seconds - before.seconds,
+                waited=stats.seconds - before.seconds,
+                nbytes=stats.bytes_read - before.bytes_read,
+                requests=stats.requests - before.requests,
+            )
+
+
+def outside_step(settings: Settings) -> Iterator[Token]:
+    """accelerate, torch."""
+    assert settings.checkpoint is not None
+    load = {"accelerate": outside.offloaded, "torch": outside.mapped}[settings.step]
+    ids = text(settings, 32000)[: settings.prompt_tokens + settings.tokens]
+    for seconds in outside.tokens(
+        load(settings.checkpoint, settings.limit), ids, settings.prompt_tokens
+    ):
+        yield Token(seconds)
+
+
+STEPS: dict[str, Callable[[Settings], Iterator[Any]]] = {
+    **dict.fromkeys(("naive", "mapped", "hybrid"), dense_step),
+    **dict.fromkeys(("predictor", "window", "bundling"), sparse_step),
+    **dict.fromkeys(("accelerate", "torch"), outside_step),
+}
+
+
+def main() -> None:
+    settings = msgspec.json.decode(sys.argv[1], type=Settings)
+    for record in STEPS[settings.step](settings):
+        print(json.dumps({type(record).__name__: asdict(record)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
