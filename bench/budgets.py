@@ -128,7 +128,7 @@ def markdown(report: Report) -> str:
     return (
         f"{report.date}, commit {report.commit}. {report.machine['cpu']}, "
         f"{report.machine['cpus']} CPUs. Synthetic activations, as in the tables; medians over the "
-        "tokens after the cache was brought into its steady state. Read by:\n\n"
+        "tokens after the cache was brought into its steady state. Made by:\n\n"
         f"    {report.command}\n\n" + tables.table(columns, lines)
     )
 

@@ -189,7 +189,7 @@ def _foot(report: Report) -> str:
         f"{report.prompt_tokens} and, where there is a cache, after it was brought into its steady "
         "state. DRAM: the most anonymous memory that the step's control group was seen to hold"
         f"{highest}. I/O: the device was busy with reads for that long; waited for: of that, the "
-        "time in which nothing was computed. Files are cold before each step. Read by:\n\n"
+        "time in which nothing was computed. Files are cold before each step. Made by:\n\n"
         + "\n".join(f"    {command}" for command in report.commands)
     )
     return "\n\n".join([text, "\n".join(notes)]) if notes else text
@@ -204,9 +204,9 @@ def draw(report: Report, path: Path) -> None:
     axes = figure.add_subplot()
     left = [0.0] * len(rows)
     names = [TITLES[row.step] for row in rows]
-    for (label, color), seconds in zip(_PARTS.items(), zip(*map(_parts, rows)), strict=True):
-        if any(seconds):
-            widths = [each * 1e3 for each in seconds]
+    for part, (label, color) in enumerate(_PARTS.items()):
+        widths = [1e3 * _parts(row)[part] for row in rows]
+        if any(widths):
             axes.barh(names, widths, left=left, label=label, color=color)
             left = [sum(pair) for pair in zip(left, widths, strict=True)]
     for place, (end, row) in enumerate(zip(left, rows, strict=True)):
