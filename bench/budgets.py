@@ -26,7 +26,7 @@ from bench.paper_tables import RESULTS, add_files, commit, facts, files, say, to
 from bundlefmt.errors import BundleError
 from bundlefmt.storage.device import available_memory
 
-BEST = "bundling"
+BEST = "overlap"
 SHARES = tuple(range(20, 101, 10))  # of the file, percent
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -124,12 +125,12 @@ def measure(args: argparse.Namespace, bundle: Path, checkpoint: Path | None) -> 
         ffn_bytes=sum(group.bundles.length for group in groups),
         limit=settings.limit,
         prompt_tokens=settings.prompt_tokens,
+        machine=facts(bundle),
         device=device.measure(str(bundle)),
         generator=reuse._asdict(),
         statistics=Trace(reuse, 4, groups[0].neurons, STATISTICS_TOKENS).statistics(),
         early={"recall": args.recall, "wrong": args.wrong},
         rows=list(rows(args, settings)),
-        machine=facts(bundle),
         date=today(),
         commit=commit(),
         commands=[command()],
@@ -159,7 +160,11 @@ def facts(bundle: Path) -> dict[str, Any]:
     names = [
         line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
-    return found | {"cpu": names[0].split(":")[1].strip() if names else platform.machine()}
+    load = os.getloadavg()[0]
+    return found | {
+        "load": load,
+        "cpu": names[0].split(":")[1].strip() if names else platform.machine(),
+    }
 
 
 def today() -> str:

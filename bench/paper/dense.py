@@ -124,7 +124,8 @@ class _Staged(BundleFile):
         if name not in self._starts:
             return super().tensor(name)
         out, offset = self._span(name)
-        self.loads([(out, offset)])
+        if self._layers[name] is None:
+            self.loads([(out, offset)])
         return _shaped(out, self.tensor_entry(name))
 
     def rows(self, group: Group) -> Bytes:

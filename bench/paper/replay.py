@@ -14,6 +14,7 @@ from bundlefmt.layout.header import Group
 from bundlefmt.runtime.generate import Model
 from bundlefmt.runtime.selection import Ids, Selected, Selection
 
+_TURNS = 4  # in which a cache is filled
 _BLOCK = 1 << 20  # random numbers, repeated: a product's cost is the same for all numbers
 
 
@@ -33,13 +34,18 @@ def _repeated(block: NDArray[np.float16], rows: int, columns: int) -> NDArray[np
 
 
 class Replayed:
-    """Tokens made one at a time need what the trace names, the many of a prompt need all."""
+    """One layer's selection: tokens made one at a time need what the trace names, the many of a
+    prompt need all. Guesses are the trace's early ones, of that recall and share of wrong ones;
+    they cost a product, too."""
 
-    def __init__(self, group: Group, predictor: Predictor, trace: Trace) -> None:
-        self._layer = group.layer
-        self._all: Ids = np.arange(group.neurons)
+    def __init__(
+        self, layer: int, predictor: Predictor, trace: Trace, early: tuple[float, float]
+    ) -> None:
+        self._layer = layer
         self._predictor = predictor
         self._trace = trace
+        self._early = [trace.early(layer, token, *early) for token in range(trace.tokens)]
+        self._all: Ids = np.arange(trace.neurons)
         self._token = 0
 
     def __call__(self, x: Floats) -> Selected:
@@ -50,39 +56,38 @@ class Replayed:
         self._token += 1
         return Selected(ids, None)
 
+    def guess(self, x: Floats) -> Ids | None:
+        self._predictor.predicted(x)
+        return self._early[self._token]
 
-class Recent:
-    """What a cache with `slots` slots holds before the trace's first token."""
 
-    def __init__(self, group: Group, trace: Trace, slots: int) -> None:
-        self._ids = trace.recent(group.layer, slots)
+class _Fixed:
+    """Always the same neurons."""
+
+    def __init__(self, ids: Ids) -> None:
+        self._selected = Selected(np.sort(ids), None)
 
     def __call__(self, x: Floats) -> Selected:
-        return Selected(self._ids, None)
+        return self._selected
+
+    def guess(self, x: Floats) -> Ids | None:
+        return None
 
 
 def fill_caches(model: Model, trace: Trace) -> None:
-    """Bring the neuron caches into the state in which so many tokens before leave them."""
+    """Bring the neuron caches into the state in which the trace's history leaves them: what it used
+    last, the oldest first."""
     slots = {
         group.layer: 0 if cache is None else cache.rows.shape[0]
         for group, cache in zip(model.file.groups, model.caches, strict=True)
     }
+    if not any(slots.values()):
+        return
+    for turn in range(_TURNS):
 
-    def recent(group: Group, selection: Selection) -> Selection:
-        return Recent(group, trace, slots[group.layer])
+        def piece(group: Group, selection: Selection, turn: int = turn) -> Selection:
+            recent = trace.recent(group.layer, slots[group.layer])
+            return _Fixed(np.array_split(recent[::-1], _TURNS)[turn])
 
-    model.decoder.select_by(recent)
-    model.decoder.forward([0], model.decoder.new_cache(1))
-
-
-def replay(model: Model, predictors: list[Predictor], trace: Trace) -> None:
-    """From now on the model's FFNs compute what the trace names."""
-    by_layer = {
-        group.layer: predictor
-        for group, predictor in zip(model.file.groups, predictors, strict=True)
-    }
-
-    def replayed(group: Group, selection: Selection) -> Selection:
-        return Replayed(group, by_layer[group.layer], trace)
-
-    model.decoder.select_by(replayed)
+        model.decoder.select_by(piece)
+        model.decoder.forward([0], model.decoder.new_cache(1))

@@ -21,7 +21,7 @@ import numpy as np
 from bench.paper import dense, outside
 from bench.paper.figures import PAPER
 from bench.paper.records import Caching, Settings, Token
-from bench.paper.replay import fill_caches, random_predictors, replay
+from bench.paper.replay import Replayed, fill_caches, random_predictors
 from bench.paper.traces import Trace, fit
 from bench.paper.unbundled import unbundle
 from bundlefmt.file import BundleFile
@@ -79,18 +79,21 @@ def sparse_step(settings: Settings) -> Iterator[Token | Caching]:
     paper = PAPER[settings.model]
     with BundleFile(settings.bundle) as file:
         groups = file.groups
-    predictors = random_predictors(groups, paper)
     reuse = fit(paper.predicted, paper.held, paper.fresh, paper.window)
     tokens = settings.tokens + _FIRST
     trace = Trace(reuse, len(groups), groups[0].neurons, tokens, settings.seed)
-    with _loaded(settings) as model:
+    early = settings.recall, settings.wrong
+    replays = {
+        group.layer: Replayed(group.layer, predictor, trace, early)
+        for group, predictor in zip(groups, random_predictors(groups, paper), strict=True)
+    }
+    with load_model(settings.bundle, **_options(settings)) as model:
         if settings.step in ("predictor", "window"):
             unbundle(model)
-        if settings.step != "predictor":
-            fill_caches(model, trace)
-        replay(model, predictors, trace)
         steps = made(model.decoder, settings, lambda: None, skipped=_FIRST)
         next(steps)
+        fill_caches(model, trace)
+        model.decoder.select_by(lambda group, selection: replays[group.layer])
         yield from _timed(model, steps)
         caches = [cache for cache in model.caches if cache is not None]
         if caches:
@@ -98,30 +101,34 @@ def sparse_step(settings: Settings) -> Iterator[Token | Caching]:
             yield Caching(slots / sum(group.neurons for group in groups))
 
 
-def _loaded(settings: Settings) -> Model:
-    """The model, as the step has it. What it is to keep within the limit counts what this process
+def _options(settings: Settings) -> dict[str, Any]:
+    """How the step has the model loaded. What is to keep within the limit counts what this process
     holds already: the predictors and the trace."""
-    tokens = settings.prompt_tokens + settings.tokens + _FIRST
     if settings.step == "predictor":
-        return load_model(settings.bundle, verify=False)
-    verify = settings.step != "window"
-    return load_model(settings.bundle, memory=settings.limit, tokens=tokens, verify=verify)
+        return {"verify": False}
+    return {
+        "memory": settings.limit,
+        "tokens": settings.prompt_tokens + settings.tokens + _FIRST,
+        "verify": settings.step != "window",
+        "ahead": settings.step == "overlap",
+    }
 
 
 def _timed(model: Model, tokens: Iterator[None]) -> Iterator[Token]:
     for number in range(sys.maxsize):
-        before = replace(model.reader.stats)
+        before, stages = replace(model.reader.stats), dict(model.clock.seconds)
         start = time.perf_counter()
         if next(tokens, tokens) is tokens:
             return
-        seconds, stats = time.perf_counter() - start, model.reader.stats
+        seconds, stats = time.perf_counter() - start, model.reader.stats.since(before)
         if number >= _FIRST:
             yield Token(
                 seconds,
-                io=stats.seconds - before.seconds,
-                waited=stats.seconds - before.seconds,
-                nbytes=stats.bytes_read - before.bytes_read,
-                requests=stats.requests - before.requests,
+                io=stats.busy_seconds,
+                waited=model.clock.seconds["wait"] - stages["wait"],
+                manage=model.clock.seconds["manage"] - stages["manage"],
+                nbytes=stats.bytes_read,
+                requests=stats.requests,
             )
 
 
@@ -138,7 +145,7 @@ def outside_step(settings: Settings) -> Iterator[Token]:
 
 STEPS: dict[str, Callable[[Settings], Iterator[Any]]] = {
     **dict.fromkeys(("naive", "mapped", "hybrid"), dense_step),
-    **dict.fromkeys(("predictor", "window", "bundling"), sparse_step),
+    **dict.fromkeys(("predictor", "window", "bundling", "overlap"), sparse_step),
     **dict.fromkeys(("accelerate", "torch"), outside_step),
 }
 

@@ -97,7 +97,8 @@ def _setting(report: Report) -> str:
     return (
         f"{report.date}, commit {report.commit}. {machine['cpu']}, {machine['cpus']} CPUs, "
         f"{gigabytes(machine['memory']['total'], 0)} GB of memory, {machine['system']}; core: "
-        f"{machine['core']}. {report.model}'s shape with random weights, float16: "
+        f"{machine['core']}; other load before: {machine['load']:.1f}. "
+        f"{report.model}'s shape with random weights, float16: "
         f"{gigabytes(report.file_bytes)} GB, of which {gigabytes(report.ffn_bytes)} GB are FFN; "
         f"memory limit {gigabytes(report.limit)} GB (the kernel's: a control group around each "
         f"step's process). Device ({device.backend}): {gigabytes(device.sequential)} GB/s "

@@ -97,6 +97,7 @@ class Trace:
         self.layers, self.neurons, self.tokens = layers, neurons, tokens
         self._seed = seed
         self._bits = np.empty((layers, tokens, -(-neurons // 8)), dtype=np.uint8)
+        self._popular = np.empty((layers, neurons), dtype=np.float32)
         self._last_used = np.full((layers, neurons), -1, dtype=np.int32)
         popular = popularity(reuse.density, reuse.spread, neurons).astype(np.float32)
         for layer in range(layers):
@@ -104,7 +105,7 @@ class Trace:
 
     def _make(self, layer: int, popular: NDArray[np.float32], leave: np.float32) -> None:
         random = np.random.default_rng([self._seed, layer])
-        popular = random.permutation(popular)
+        self._popular[layer] = popular = random.permutation(popular)
         come = np.minimum(popular * leave / (1 - popular), 1)
         on = random.random(self.neurons, dtype=np.float32) < popular
         for token in range(-HISTORY, self.tokens):
@@ -124,19 +125,22 @@ class Trace:
 
     def recent(self, layer: int, count: int) -> Ids:
         """The `count` neurons used last by the tokens before the first: what a cache of that size
-        holds then. Ascending."""
-        latest = np.argsort(-self._last_used[layer], kind="stable")[:count]
-        return np.sort(latest)
+        holds then. The latest first."""
+        return np.argsort(-self._last_used[layer], kind="stable")[:count]
 
     def early(self, layer: int, token: int, recall: float, wrong: float) -> Ids:
-        """An early guess at the neurons: a share `recall` of them, and as many others, drawn
-        evenly, that they make a share `wrong` of the guess. Ascending."""
+        """An early guess at the neurons: a share `recall` of them, drawn evenly, and so many
+        others that they make a share `wrong` of the guess, drawn by popularity (who is often on is
+        often nearly on: an assumption). Ascending."""
         random = np.random.default_rng([self._seed, layer, token])
         on = self._on(layer, token)
         right, others = np.flatnonzero(on), np.flatnonzero(~on)
         found = random.choice(right, round(recall * right.size), replace=False)
         count = min(round(found.size * wrong / (1 - wrong)), others.size)
-        return np.sort(np.append(found, random.choice(others, count, replace=False)))
+        # Weighted, without replacement: the largest u ** (1 / weight).
+        keys = np.log(random.random(others.size)) / self._popular[layer, others]
+        mistaken = others[np.argsort(-keys)[:count]]
+        return np.sort(np.append(found, mistaken))
 
     def statistics(self, windows: int = 8) -> Statistics:
         """What this trace is like, over all layers and tokens."""
