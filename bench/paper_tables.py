@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--limit", type=parse_size, help="memory (default: half the file)")
     parser.add_argument("--steps", nargs="+", choices=tables.TITLES, default=list(tables.TITLES))
     parser.add_argument("--tokens", type=int, default=40, help="measured of each fast step")
-    parser.add_argument("--slow-tokens", type=int, default=5, help="measured of each slow step")
+    parser.add_argument("--slow-tokens", type=int, default=3, help="measured of each slow step")
     parser.add_argument("--seconds", type=float, default=240, help="at most, of each step")
     parser.add_argument("--recall", type=float, default=0.85, help="of the early guesses")
     parser.add_argument("--wrong", type=float, default=0.15, help="share of the early guesses")
