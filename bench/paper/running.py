@@ -46,6 +46,13 @@ class Row:
         return self.seconds - self.waited - (self.manage or 0.0)
 
     @property
+    def overlapped(self) -> float | None:
+        """The token's time / I/O, management and compute done one after the other."""
+        if self.seconds is None or self.io is None or self.compute is None:
+            return None
+        return self.seconds / (self.io + (self.manage or 0.0) + self.compute)
+
+    @property
     def rate(self) -> float | None:
         """Bytes per second of I/O."""
         return self.nbytes / self.io if self.nbytes and self.io else None

@@ -50,8 +50,14 @@ class Report:
         found = asdict(self)
         for row, said in zip(self.rows, found["rows"], strict=True):
             said |= {"compute": row.compute, "rate": row.rate, "ratio": self.ratio(row)}
+            said |= {"io_ratio": self.io_ratio(row), "overlapped": row.overlapped}
         found["device"]["ratio"] = self.device.ratio
         return found
+
+    def io_ratio(self, row: Row) -> float | None:
+        """How many times as fast as naive's a row's I/O is."""
+        naive = next((each.io for each in self.rows if each.step == "naive"), None)
+        return naive / row.io if naive and row.io else None
 
     def ratio(self, row: Row) -> float | None:
         """How many times as fast as naive a row's tokens are."""
@@ -82,6 +88,10 @@ def write_section(path: Path, heading: str, text: str) -> None:
     else:
         new = f"{old[: found.start()]}{section}\n{old[found.end() :]}"
     path.write_text(new.rstrip() + "\n")
+
+
+def _ratio(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -142,20 +152,25 @@ def _times(report: Report) -> str:
     rows = []
     for row in report.rows:
         paper = PAPER[report.model].times.get(row.step)
-        ratio = report.ratio(row)
         said = " / ".join(f"{time:.0f}" for time in (*paper, paper.total)) if paper else ""
         rows.append(
             [
                 TITLES[row.step],
                 gigabytes(row.anonymous_peak),
                 *map(milliseconds, (row.io, row.waited, row.manage, row.compute, row.seconds)),
-                "-" if ratio is None else f"{ratio:.2f}",
+                *map(_ratio, (report.ratio(row), report.io_ratio(row), row.overlapped)),
                 str(row.tokens),
                 said,
             ]
         )
     columns = ["ms per token", "DRAM GB", "I/O", "waited for", "management", "compute", "total"]
-    columns += ["naive / total", "tokens", "paper: I/O / management / compute / total"]
+    columns += [
+        "naive / total",
+        "naive's I/O / I/O",
+        "total / sum",
+        "tokens",
+        "paper: I/O / management / compute / total",
+    ]
     return table(columns, rows)
 
 
@@ -190,7 +205,8 @@ def _foot(report: Report) -> str:
         f"{report.prompt_tokens} and, where there is a cache, after it was brought into its steady "
         "state. DRAM: the most anonymous memory that the step's control group was seen to hold"
         f"{highest}. I/O: the device was busy with reads for that long; waited for: of that, the "
-        "time in which nothing was computed. Files are cold before each step. Made by:\n\n"
+        "time in which nothing was computed; total / sum: beside I/O, management and compute done "
+        "one after the other. Files are cold before each step. Made by:\n\n"
         + "\n".join(f"    {command}" for command in report.commands)
     )
     return "\n\n".join([text, "\n".join(notes)]) if notes else text
@@ -212,7 +228,7 @@ def draw(report: Report, path: Path) -> None:
             left = [sum(pair) for pair in zip(left, widths, strict=True)]
     for place, (end, row) in enumerate(zip(left, rows, strict=True)):
         ratio = report.ratio(row)
-        label = f" {end:.0f}" + (f" ({ratio:.1f} times naive)" if ratio else "")
+        label = f" {end:.0f}" + (f" ({ratio:.1f} times as fast)" if ratio else "")
         axes.text(end, place, label, va="center", fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.2)
