@@ -9,7 +9,9 @@ import msgspec
 
 class Settings(msgspec.Struct, frozen=True):
     """What a step runs with: the table's name for it; the bundle file and its checkpoint's folder;
-    one of PAPER; bytes of memory; tokens counted, and of the prompt before them."""
+    one of PAPER; bytes of memory; tokens counted, and of the prompt before them. Early guesses are
+    about as good as those on a small trained OPT, layer 0 aside: 0.6 to 0.95 of the neurons that
+    the last tokens did not use were found, and 0.1 to 0.25 of those guessed were wrong."""
 
     step: str
     bundle: str
@@ -19,8 +21,8 @@ class Settings(msgspec.Struct, frozen=True):
     tokens: int
     prompt_tokens: int
     seed: int = 0
-    recall: float = 0.85
-    wrong: float = 0.15
+    recall: float = 0.75
+    wrong: float = 0.05
 
 
 @dataclass(frozen=True)

@@ -125,10 +125,12 @@ class NeuronCache:
         return self._expected
 
     def arrived(self, admission: Admission) -> None:
-        """What was expected has been read; the token that was admitted uses some of it."""
+        """What was expected has been read; the token that was admitted uses some of it. The rest
+        stays until its slots are wanted, and is worth nothing until it is used."""
         ids, slots = self._expected
         self.forget_expected()
-        self._hold(ids, slots, self._token - 1)
+        self._hold(ids, slots, self._token)
+        self._policy.worth[slots] = -np.inf
         self._policy.fill(admission.coming_slots, self._token)
 
     def forget_expected(self) -> None:
