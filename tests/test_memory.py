@@ -132,6 +132,30 @@ def test_what_is_read_ahead_is_mostly_used(demo_bundle: Path) -> None:
         assert used >= (1 - MOST_WASTED) * ahead > 0
 
 
+@pytest.mark.parametrize("ahead", [True, False])
+def test_after_a_read_that_failed_the_model_goes_on(
+    demo_bundle: Path, tmp_path: Path, ahead: bool
+) -> None:
+    """Whether the read was begun ahead or not: once its file is whole again, so is the text."""
+    path = Path(shutil.copy(demo_bundle, tmp_path))
+    whole = path.read_bytes()
+    memory = least_memory(path, mode="predict", tokens=64) + (1 << 20)
+    with cached(path, memory, mode="predict", ahead=ahead) as model:
+        expected = model.generate(PROMPT, 24)
+        (last,) = (cache for cache in model.caches[-1:] if cache)
+        assert (last.stats.ahead > 0) == ahead
+        tokens = model.tokens([9, 8, 7], 24)
+        next(tokens)  # the prompt goes by without reading ahead
+        with path.open("r+b") as damaged:
+            group = model.file.groups[-1]  # this layer's guesses pay
+            damaged.seek(group.bundles.offset)
+            damaged.write(bytes(group.bundles.length))
+        with pytest.raises(FormatError, match="bundle damaged"):
+            list(tokens)
+        path.write_bytes(whole)
+        assert model.generate(PROMPT, 24) == expected
+
+
 def test_a_limit_with_no_room_for_a_cache_still_computes(demo_bundle: Path) -> None:
     memory = least_memory(demo_bundle, mode="exact", tokens=64)
     with cached(demo_bundle, memory + (1 << 16), mode="exact") as model:

@@ -71,7 +71,10 @@ class FfnLayer:
         self._streamer = streamer
         self._clock = clock
         self._ahead = ReadAhead(group.neurons)
-        self._early: Pending | None = None  # reads that were begun before their neurons were known
+        # Reads into the cache: those begun before their neurons were known, and the others. They
+        # are kept until they have ended, since their slots count as empty.
+        self._early: Pending | None = None
+        self._late: Pending | None = None
         self._last: tuple[int, Selected, Admission] | None = None  # pass of several tokens
         order = file.order(group)
         self._all: Ids = np.arange(group.neurons) if order is None else order.astype(np.int64)
@@ -115,7 +118,7 @@ class FfnLayer:
             self._ahead.guess(self.cache.absent(guess))
         self._clock.lap("predict", self.group.layer)
         if guess is not None and self._ahead.pays:
-            self._drop_early()
+            _ended(self._early)
             expected, slots = self.cache.expect(guess)
             self._early = self._submit(expected, self.cache.rows, slots)
             self._clock.lap("manage", self.group.layer)
@@ -135,12 +138,11 @@ class FfnLayer:
         admission = cache.admit(selected.ids)
         if x.shape[0] > 1:
             self._last = x.shape[0], selected, admission
+        _ended(self._late)  # an error may have left them
         missing = selected.ids[admission.missing]
-        pending = self._submit(missing, cache.rows, admission.missing_slots)
+        self._late = pending = self._submit(missing, cache.rows, admission.missing_slots)
         self._clock.lap("manage", self.group.layer)
-        return lambda: self._biased(
-            self._through_cache(x, selected, cache, admission, missing, pending)
-        )
+        return lambda: self._biased(self._through_cache(x, selected, cache, admission, pending))
 
     def drop(self, tokens: int) -> None:
         """The last `tokens` of the last pass were for nothing: the cache is not to count them."""
@@ -172,7 +174,6 @@ class FfnLayer:
         selected: Selected,
         cache: NeuronCache,
         admission: Admission,
-        missing: Ids,
         pending: Pending,
     ) -> Floats:
         """What is held is computed while the rest comes: first what was expected, then what was
@@ -186,13 +187,13 @@ class FfnLayer:
 
         y = sum_of(admission.held, admission.held_slots)
         if self._early is not None:
-            self._arrive(self._early)
-            self._early = None
+            self._arrive_early(self._early, cache)
             cache.arrived(admission)
             clock.lap("manage", layer)
             y += sum_of(admission.coming, admission.coming_slots)
         self._arrive(pending)
-        cache.commit(missing, admission.missing_slots)
+        self._late = None
+        cache.commit(selected.ids[admission.missing], admission.missing_slots)
         clock.lap("manage", layer)
         y += sum_of(admission.missing, admission.missing_slots)
         if admission.passed.size:
@@ -209,12 +210,15 @@ class FfnLayer:
         self._clock.read(self.group.layer, pending.span)
         self._fill_biases(bundles.neurons, bundles.rows)
 
-    def _drop_early(self) -> None:
-        """Nobody came for what was read ahead: an error was raised meanwhile."""
-        if self._early is not None:
-            with suppress(BundleError):
-                self._early.result()
+    def _arrive_early(self, early: Pending, cache: NeuronCache) -> None:
+        """Wait for what was read ahead; once it has failed, it does not come."""
+        try:
+            self._arrive(early)
+        except BundleError:
+            cache.forget_expected()
             self._early = None
+            raise
+        self._early = None
 
     def _fill_biases(self, neurons: Ids, slots: Ids) -> None:
         for name, biases in self._slot_biases.items():
@@ -237,7 +241,7 @@ class FfnLayer:
             biases = {name: bias[bundles.neurons] for name, bias in self._neuron_biases.items()}
             some = selected.some(slice(done, done + bundles.neurons.size))
             if seen is not None or keeps:
-                some = self._activated(x, some, bundles.raw, None, biases)
+                some = Selected(some.ids, self._activations(x, some, bundles.raw, None, biases))
             if seen is not None:
                 seen[:, bundles.neurons] = some.activations
             y += self._sum(x, some, bundles.raw, None, biases)
@@ -269,52 +273,60 @@ class FfnLayer:
     ) -> Floats:
         """The sum over selected neurons whose bundles are the rows of `raw`, or those in `rows`,
         as are their biases."""
-
-        def part(name: str) -> kernels.Part | None:
-            found = self._parts[name]
-            if found.offset is None:
-                return None
-            stored = raw[:, found.offset : found.offset + found.length]
-            return kernels.Part(stored, found.encoding, biases.get(name))
-
-        if selected.mask is not None:
-            selected = self._activated(x, selected, raw, rows, biases)
-        hidden: kernels.Part | Floats | None = selected.activations
+        hidden: kernels.Part | Floats | None = None
+        up = self._bundled("up", raw, biases) if self._gated else None
+        apart = self._gated and up is None
+        if not apart and selected.activations is None and selected.mask is None:
+            hidden = self._bundled(self._selector.name, raw, biases)
         if hidden is None:
-            hidden = part(self._selector.name) or self._act(
-                kernels.biased_products(x, self._resident[self._selector.name], selected.ids)
-            )
-        up = part("up") if self._gated else None
-        if self._gated and up is None:
-            if isinstance(hidden, kernels.Part):
-                hidden = self._act(kernels.biased_products(x, hidden, rows))
-            hidden = hidden * kernels.biased_products(x, self._resident["up"], selected.ids)
-        down = part("down")
+            hidden = self._activations(x, selected, raw, rows, biases)
+            if apart:
+                hidden = hidden * self._products("up", x, selected.ids, raw, rows, biases)
+        down = self._bundled("down", raw, biases)
         assert down is not None  # the format keeps no other place for it
         return kernels.ffn(x, hidden, up, down, self.group, rows)
 
-    def _activated(
+    def _activations(
         self,
         x: Floats,
         selected: Selected,
         raw: NDArray[np.uint8],
         rows: kernels.Rows | None,
         biases: dict[str, Floats],
-    ) -> Selected:
-        """The selected neurons, where they lie as for `_sum`, with their activations."""
+    ) -> Floats:
+        """The selected neurons' activations [tokens, neurons]; where they lie as for `_sum`."""
         if selected.activations is not None:
-            return selected
-        part = self._selector
+            return selected.activations
+        name = self._selector.name
+        activations = self._act(self._products(name, x, selected.ids, raw, rows, biases))
+        if selected.mask is None:
+            return activations
+        return np.where(selected.mask, activations, np.float32(0))
+
+    def _products(
+        self,
+        name: str,
+        x: Floats,
+        ids: Ids,
+        raw: NDArray[np.uint8],
+        rows: kernels.Rows | None,
+        biases: dict[str, Floats],
+    ) -> Floats:
+        """x times a part of neurons, bias added: [tokens, neurons]."""
+        part = self._bundled(name, raw, biases)
+        if part is None:
+            return kernels.biased_products(x, self._resident[name], ids)
+        return kernels.biased_products(x, part, rows)
+
+    def _bundled(
+        self, name: str, raw: NDArray[np.uint8], biases: dict[str, Floats]
+    ) -> kernels.Part | None:
+        """A part of the bundles that are rows of `raw`; None where it is resident."""
+        part = self._parts[name]
         if part.offset is None:
-            pre = kernels.biased_products(x, self._resident[part.name], selected.ids)
-        else:
-            stored = raw[:, part.offset : part.offset + part.length]
-            held = kernels.Part(stored, part.encoding, biases.get(part.name))
-            pre = kernels.biased_products(x, held, rows)
-        activations = self._act(pre)
-        if selected.mask is not None:
-            activations = np.where(selected.mask, activations, np.float32(0))
-        return Selected(selected.ids, activations)
+            return None
+        stored = raw[:, part.offset : part.offset + part.length]
+        return kernels.Part(stored, part.encoding, biases.get(name))
 
     def _selection(self, file: BundleFile, selecting: Selecting, norm: Norm) -> Selection:
         check(selecting.mode, self.group)
@@ -352,3 +364,10 @@ class FfnLayer:
             held[bundles.neurons] = bundles.raw[:, : part.length]
         self._known = held
         return held
+
+
+def _ended(pending: Pending | None) -> None:
+    """Wait for reads that nobody comes for any more."""
+    if pending is not None:
+        with suppress(BundleError):
+            pending.result()

@@ -81,6 +81,7 @@ class Model:
             caches = Caches([None] * len(self.file.groups), None)
             rotation: Rotation | None = None
             if caching is not None:
+                backend = caching.backend(backend)
                 self._tokens = caching.tokens_of(config)
                 self.budget = plan(self.file, config, selecting, caching)
                 caches = make_caches(self.budget, self.file.groups, caching)
@@ -88,8 +89,6 @@ class Model:
                 if rotation is not None:
                     stack.callback(rotation.close)
             self.caches = caches.groups
-            if backend == "auto" and caching is not None and caching.policy == "none":
-                backend = "buffered"  # the operating system can keep only what goes through it
             self.reader: Reader = stack.enter_context(
                 self.file.reader(
                     backend,

@@ -64,6 +64,10 @@ class Caching:
         """The longest text that the budget is for."""
         return self.tokens or min(config.context or _TOKENS, _TOKENS)
 
+    def backend(self, wanted: str) -> str:
+        """How to read: the operating system can keep only what goes through its cache."""
+        return "buffered" if self.policy == "none" and wanted == "auto" else wanted
+
     def new_policy(self, slots: int) -> Policy:
         """The policy of one group's cache."""
         if self.window is not None:
