@@ -77,7 +77,7 @@ def test_hybrid_reads_the_neurons_that_it_does_not_hold(small_bundle: Path) -> N
 
 
 def test_without_bundles_each_part_is_read_from_a_place_of_its_own(small_bundle: Path) -> None:
-    with bundlefmt.load_model(small_bundle, verify=False) as model:
+    with bundlefmt.load_model(small_bundle, verify=False, gap=0) as model:
         unbundle(model)
         group = model.file.groups[1]
         region = np.fromfile(

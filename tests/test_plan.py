@@ -17,6 +17,7 @@ import bundlefmt
 from bundlefmt.cli import main
 from bundlefmt.errors import UsageError
 from bundlefmt.flash import profiles
+from bundlefmt.flash.budget import least_limit
 from bundlefmt.flash.costmodel import VERSION, DeviceProfile, SizeCost
 from bundlefmt.flash.traces import Trace
 from bundlefmt.layout.header import Predictor
@@ -32,7 +33,7 @@ needs_model = pytest.mark.skipif(not MODEL.is_dir(), reason="the trained model i
 
 
 @pytest.fixture(autouse=True)
-def no_profiles(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def uncalibrated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user who has calibrated nothing, and a process of the same size each time."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr(memory_of, "resident_memory", lambda: 100 << 20)
@@ -57,7 +58,7 @@ def room_for(path: Path, held: float, **options: Any) -> int:
     """A limit whose cache holds about that share of the FFN."""
     whole = bundlefmt.plan(path, PLENTY, **options)
     least = PLENTY - whole.split["unused"] - whole.split["slack"] - whole.ffn_bytes
-    return int((least + held * whole.ffn_bytes + (16 << 20)) / 0.99) + 4096
+    return least_limit(int(least + held * whole.ffn_bytes)) + 4096
 
 
 def least_of(refusal: UsageError) -> int:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bench.paper.figures import PAPER
-from bench.paper.traces import Reuse, Trace, fit
+from bench.paper.traces import HISTORY, Reuse, Trace, fit
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -50,9 +50,11 @@ def test_an_early_guess_is_as_good_as_is_said(trace: Trace, recall: float, wrong
         assert 1 - right / guessed.size == pytest.approx(wrong, abs=0.01)
 
 
-def test_what_was_used_last_is_what_the_first_token_finds(trace: Trace) -> None:
-    few, many = trace.recent(0, 400), trace.recent(0, 1000)
-    assert (few.size, many.size) == (400, 1000)
-    assert np.isin(few, many).all()
-    needed = trace.ids(0, 0)
-    assert np.isin(needed, few).mean() > 3 * 400 / 2048  # far more than chance
+def test_the_history_leads_up_to_the_first_token(trace: Trace) -> None:
+    """Its last token shares with the first one as much as any two in a row do."""
+    tokens = list(trace.history(0))
+    assert len(tokens) == HISTORY
+    assert all(np.array_equal(*both) for both in zip(tokens, trace.history(0), strict=True))
+    kept = np.isin(trace.ids(0, 0), tokens[-1]).mean()
+    assert kept == pytest.approx(0.5, abs=0.15)  # those that go off after a token: 0.5
+    assert kept > np.isin(trace.ids(0, 0), tokens[0]).mean()

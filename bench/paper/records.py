@@ -9,7 +9,8 @@ import msgspec
 
 class Settings(msgspec.Struct, frozen=True):
     """What a step runs with: the table's name for it; the bundle file and its checkpoint's folder;
-    one of PAPER; bytes of memory; tokens counted, and of the prompt before them. Early guesses are
+    one of PAPER; bytes of memory; tokens counted, and of the prompt before them; what gives way in
+    the neuron cache (with policy window: after the paper's number of tokens). Early guesses are
     about as good as those on a small trained OPT, layer 0 aside: 0.6 to 0.95 of the neurons that
     the last tokens did not use were found, and 0.1 to 0.25 of those guessed were wrong."""
 
@@ -20,6 +21,7 @@ class Settings(msgspec.Struct, frozen=True):
     limit: int
     tokens: int
     prompt_tokens: int
+    policy: str = "lfu"
     seed: int = 0
     recall: float = 0.75
     wrong: float = 0.05
@@ -39,6 +41,9 @@ class Token:
 
 @dataclass(frozen=True)
 class Caching:
-    """The neuron cache: the share of the FFN's neurons that it has room for."""
+    """What the limit has room for: the share of the FFN's neurons that the cache can hold, how many
+    those are in each layer, and the layers whose attention is read anew for every token."""
 
     share: float
+    slots: list[int]
+    streamed: list[int]

@@ -3,6 +3,8 @@ product with a random predictor of the paper's rank, whose cost and memory are t
 
 from __future__ import annotations
 
+from collections import deque
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,9 +14,9 @@ from bundlefmt.flash.predictor import Predictor
 from bundlefmt.kernels import Floats
 from bundlefmt.layout.header import Group
 from bundlefmt.runtime.generate import Model
-from bundlefmt.runtime.selection import Ids, Selected, Selection
+from bundlefmt.runtime.selection import Ids, Selected
 
-_TURNS = 4  # in which a cache is filled
+_READ = 24  # tokens that bring the page cache into its steady state
 _BLOCK = 1 << 20  # random numbers, repeated: a product's cost is the same for all numbers
 
 
@@ -44,7 +46,8 @@ class Replayed:
         self._layer = layer
         self._predictor = predictor
         self._trace = trace
-        self._early = [trace.early(layer, token, *early) for token in range(trace.tokens)]
+        guesses = (trace.early(layer, token, *early) for token in range(trace.tokens))
+        self._early = [guess.astype(np.uint16) for guess in guesses]  # counts within the limit
         self._all: Ids = np.arange(trace.neurons)
         self._token = 0
 
@@ -58,36 +61,27 @@ class Replayed:
 
     def guess(self, x: Floats) -> Ids | None:
         self._predictor.predicted(x)
-        return self._early[self._token]
-
-
-class _Fixed:
-    """Always the same neurons."""
-
-    def __init__(self, ids: Ids) -> None:
-        self._selected = Selected(np.sort(ids), None)
-
-    def __call__(self, x: Floats) -> Selected:
-        return self._selected
-
-    def guess(self, x: Floats) -> Ids | None:
-        return None
+        return self._early[self._token].astype(np.int64)
 
 
 def fill_caches(model: Model, trace: Trace) -> None:
-    """Bring the neuron caches into the state in which the trace's history leaves them: what it used
-    last, the oldest first."""
-    slots = {
-        group.layer: 0 if cache is None else cache.rows.shape[0]
-        for group, cache in zip(model.file.groups, model.caches, strict=True)
-    }
-    if not any(slots.values()):
-        return
-    for turn in range(_TURNS):
-
-        def piece(group: Group, selection: Selection, turn: int = turn) -> Selection:
-            recent = trace.recent(group.layer, slots[group.layer])
-            return _Fixed(np.array_split(recent[::-1], _TURNS)[turn])
-
-        model.decoder.select_by(piece)
-        model.decoder.forward([0], model.decoder.new_cache(1))
+    """Bring the neuron caches, or the page cache where there are none, into the state in which the
+    trace's history leaves them. The neurons' biases are left at zero: they cost as much."""
+    layers = list(zip(model.file.groups, model.caches, strict=True))
+    for group, cache in layers:
+        if cache is not None:
+            for ids in trace.history(group.layer):
+                admission = cache.admit(ids)
+                cache.commit(ids[admission.missing], admission.missing_slots)
+            held = cache.neurons
+            reads = model.reader.submit(
+                group.layer, held, out=cache.rows, rows=cache.slots_of(held)
+            )
+            reads.result()
+    last = [
+        deque(trace.history(group.layer), _READ) if cache is None else () for group, cache in layers
+    ]
+    for token in range(_READ):
+        for (group, _), tokens in zip(layers, last, strict=True):
+            if tokens:
+                model.reader.read(group.layer, tokens[token])

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from bench.paper.limits import Finished, MemoryGroup
-from bench.paper.records import Settings, Token
+from bench.paper.records import Caching, Settings, Token
 from bundlefmt.storage.device import drop_cache
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +35,7 @@ class Row:
     manage: float | None = None
     nbytes: float | None = None
     requests: float | None = None
-    cache_share: float | None = None
+    caching: Caching | None = None
     note: str | None = None
 
     @property
@@ -51,6 +51,11 @@ class Row:
         if self.seconds is None or self.io is None or self.compute is None:
             return None
         return self.seconds / (self.io + (self.manage or 0.0) + self.compute)
+
+    @property
+    def cache_share(self) -> float | None:
+        """Of the FFN's neurons, how many the cache has room for."""
+        return None if self.caching is None else self.caching.share
 
     @property
     def rate(self) -> float | None:
@@ -72,11 +77,11 @@ def run(settings: Settings, seconds: float) -> Row:
 def row_of(settings: Settings, ended: Finished, seconds: float) -> Row:
     """What a step's lines, and how it ended, say."""
     tokens: list[dict[str, Any]] = []
-    caching: dict[str, Any] = {}
+    caching = None
     for line in ended.out.splitlines():
         record = json.loads(line)
         tokens += [record["Token"]] if "Token" in record else []
-        caching = record.get("Caching", caching)
+        caching = Caching(**record["Caching"]) if "Caching" in record else caching
 
     def middle(key: str) -> float | None:
         found = [token[key] for token in tokens if token[key] is not None]
@@ -89,7 +94,7 @@ def row_of(settings: Settings, ended: Finished, seconds: float) -> Row:
         anonymous_peak=ended.anonymous_peak,
         peak=ended.peak,
         **{field.name: middle(field.name) for field in fields(Token)},
-        cache_share=caching.get("share"),
+        caching=caching,
         note=_note(ended, len(tokens), seconds),
     )
 

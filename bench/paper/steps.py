@@ -93,24 +93,32 @@ def sparse_step(settings: Settings) -> Iterator[Token | Caching]:
             unbundle(model)
         steps = made(model.decoder, settings, lambda: None, skipped=_FIRST)
         next(steps)
-        fill_caches(model, trace)
+        if model.budget is not None:
+            fill_caches(model, trace)
+            yield caching(model)
         model.decoder.select_by(lambda group, selection: replays[group.layer])
         yield from _timed(model, steps)
-        caches = [cache for cache in model.caches if cache is not None]
-        if caches:
-            slots = sum(cache.rows.shape[0] for cache in caches)
-            yield Caching(slots / sum(group.neurons for group in groups))
+
+
+def caching(model: Model) -> Caching:
+    """What the limit has room for."""
+    assert model.budget is not None
+    slots, neurons = model.budget.slots, sum(group.neurons for group in model.file.groups)
+    return Caching(sum(slots) / neurons, list(slots), list(model.budget.streamed))
 
 
 def _options(settings: Settings) -> dict[str, Any]:
     """How the step has the model loaded. What is to keep within the limit counts what this process
     holds already: the predictors and the trace."""
     if settings.step == "predictor":
-        return {"verify": False}
+        return {"verify": False, "gap": 0}
     return {
         "memory": settings.limit,
+        "policy": settings.policy,
+        "window": PAPER[settings.model].window if settings.policy == "window" else None,
         "tokens": settings.prompt_tokens + settings.tokens + _FIRST,
         "verify": settings.step != "window",
+        "gap": 0 if settings.step == "window" else None,
         "ahead": settings.step == "overlap",
     }
 

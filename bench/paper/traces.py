@@ -10,8 +10,9 @@ it needs anew. Layers are independent of each other, as no real model's are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -98,23 +99,24 @@ class Trace:
         self._seed = seed
         self._bits = np.empty((layers, tokens, -(-neurons // 8)), dtype=np.uint8)
         self._popular = np.empty((layers, neurons), dtype=np.float32)
-        self._last_used = np.full((layers, neurons), -1, dtype=np.int32)
+        self._leave = np.float32(reuse.leave)
         popular = popularity(reuse.density, reuse.spread, neurons).astype(np.float32)
         for layer in range(layers):
-            self._make(layer, popular, np.float32(reuse.leave))
+            self._popular[layer] = np.random.default_rng([seed, layer]).permutation(popular)
+            told = islice(self._chain(layer), HISTORY, HISTORY + tokens)
+            for token, on in enumerate(told):
+                self._bits[layer, token] = np.packbits(on)
 
-    def _make(self, layer: int, popular: NDArray[np.float32], leave: np.float32) -> None:
-        random = np.random.default_rng([self._seed, layer])
-        self._popular[layer] = popular = random.permutation(popular)
+    def _chain(self, layer: int) -> Iterator[NDArray[np.bool_]]:
+        """Which neurons are on: the HISTORY tokens before the first, then the others."""
+        random = np.random.default_rng([self._seed, layer, 0])
+        popular, leave = self._popular[layer], self._leave
         come = np.minimum(popular * leave / (1 - popular), 1)
         on = random.random(self.neurons, dtype=np.float32) < popular
-        for token in range(-HISTORY, self.tokens):
+        while True:
             drawn = random.random(self.neurons, dtype=np.float32)
             on = np.where(on, drawn >= leave, drawn < come)
-            if token < 0:
-                self._last_used[layer, on] = token + HISTORY
-            else:
-                self._bits[layer, token] = np.packbits(on)
+            yield on
 
     def _on(self, layer: int, token: int) -> NDArray[np.bool_]:
         return np.unpackbits(self._bits[layer, token], count=self.neurons).astype(bool)
@@ -123,16 +125,16 @@ class Trace:
         """The neurons, ascending."""
         return np.flatnonzero(self._on(layer, token))
 
-    def recent(self, layer: int, count: int) -> Ids:
-        """The `count` neurons used last by the tokens before the first: what a cache of that size
-        holds then. The latest first."""
-        return np.argsort(-self._last_used[layer], kind="stable")[:count]
+    def history(self, layer: int) -> Iterator[Ids]:
+        """The neurons of the HISTORY tokens before the first, ascending, token by token. They are
+        drawn anew each time, and take no memory."""
+        return map(np.flatnonzero, islice(self._chain(layer), HISTORY))
 
     def early(self, layer: int, token: int, recall: float, wrong: float) -> Ids:
         """An early guess at the neurons: a share `recall` of them, drawn evenly, and so many
         others that they make a share `wrong` of the guess, drawn by popularity (who is often on is
         often nearly on: an assumption). Ascending."""
-        random = np.random.default_rng([self._seed, layer, token])
+        random = np.random.default_rng([self._seed, layer, 1, token])
         on = self._on(layer, token)
         right, others = np.flatnonzero(on), np.flatnonzero(~on)
         found = random.choice(right, round(recall * right.size), replace=False)

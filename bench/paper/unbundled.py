@@ -68,5 +68,6 @@ class Unbundled:
 
 
 def unbundle(model: Model) -> None:
-    """From now on the model reads each part by itself. It must have been loaded without checks."""
+    """From now on the model reads each part by itself. It must have been loaded without checks
+    and without gaps."""
     model.reader._backend = Unbundled(model.reader._backend, model.file.groups)

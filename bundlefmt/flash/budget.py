@@ -10,7 +10,7 @@ from bundlefmt.errors import UsageError
 from bundlefmt.layout.header import Group
 
 _SLACK = 16 << 20  # what allocators keep, and tables too small to be counted
-_SLACK_SHARE = 100  # and one part in so many of the limit
+_SLACK_SHARE = 256  # and one part in so many of the limit: twice what page tables take
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,10 @@ def divide(
     neurons. Raises UsageError when the limit is too small, with the smallest that works."""
     left = left_of(limit, needs)
     if left < 0:
-        least = (needs.total + _SLACK) * _SLACK_SHARE // (_SLACK_SHARE - 1) + 1
         raise UsageError(
             "too little memory for this model",
             field="memory",
-            expected=f"at least {least} bytes",
+            expected=f"at least {least_limit(needs.total)} bytes",
             found=limit,
         )
     all_bytes = sum(group.bundles.length for group in groups)
@@ -67,6 +66,11 @@ def divide(
     slots = tuple(int(group.neurons * share) for group in groups)
     cache = sum(n * group.stride for n, group in zip(slots, groups, strict=True))
     return Budget(limit, needs, _slack(limit), cache, slots, streamed)
+
+
+def least_limit(used: int) -> int:
+    """The smallest limit of which so many bytes can be used."""
+    return (used + _SLACK) * _SLACK_SHARE // (_SLACK_SHARE - 1) + 1
 
 
 def _slack(limit: int) -> int:

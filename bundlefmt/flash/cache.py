@@ -77,12 +77,16 @@ class NeuronCache:
         """The neurons that are in the cache, ascending."""
         return np.flatnonzero(self._slot_of >= 0)
 
+    def slots_of(self, ids: Ids) -> Slots:
+        """Where neurons lie; -1 for those that are not in the cache."""
+        return self._slot_of[ids].astype(np.int64)
+
     def admit(self, ids: Ids) -> Admission:
         """Look up the different neurons that the next token uses, and make room for those that are
         not there."""
         self._token += 1
         self._expire()
-        slots = self._slot_of[ids].astype(np.int64)
+        slots = self.slots_of(ids)
         ahead = self._expected_slot_of[ids].astype(np.int64)
         held = np.flatnonzero(slots >= 0)
         coming = np.flatnonzero(ahead >= 0)
@@ -108,7 +112,7 @@ class NeuronCache:
 
     def absent(self, ids: Ids) -> Ids:
         """Those of different neurons that are not in the cache."""
-        return ids[self._slot_of[ids] < 0]
+        return ids[self.slots_of(ids) < 0]
 
     def expect(self, ids: Ids) -> tuple[Ids, Slots]:
         """Make room for those of the different neurons that are not in the cache, before the next
@@ -116,7 +120,7 @@ class NeuronCache:
         expected before and has not arrived is no longer expected."""
         self.forget_expected()
         absent = self.absent(ids)
-        slots = self._slot_of[ids].astype(np.int64)
+        slots = self.slots_of(ids)
         room = self._make_room(absent.size, slots[slots >= 0])
         expected = absent[: room.size]
         self._expected = expected, room
@@ -148,7 +152,7 @@ class NeuronCache:
         of those to be copied, and into which slots; they take what is empty, and what is worth
         less than they are. The cache holds them from now on."""
         tokens = self._token - ages
-        slots = self._slot_of[ids].astype(np.int64)
+        slots = self.slots_of(ids)
         present = slots >= 0
         self._policy.touch(slots[present], tokens[present])
         best = np.flatnonzero(~present)
@@ -182,7 +186,7 @@ class NeuronCache:
         self._token -= 1
         for ids in kept:
             self._token += 1
-            slots = self._slot_of[ids].astype(np.int64)
+            slots = self.slots_of(ids)
             self._policy.touch(slots[slots >= 0], self._token)
 
     def _expire(self) -> None:
