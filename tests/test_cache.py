@@ -20,14 +20,14 @@ NEURONS = 40
 MAKERS: dict[str, Callable[[int], Policy]] = {
     "lru": Lru,
     "lfu": Lfu,
-    "window": lambda slots: Window(slots, 2),
+    "window": lambda neurons: Window(neurons, 2),
 }
 policies = pytest.mark.parametrize("policy", MAKERS)
 tokens = st.lists(st.sets(st.integers(0, NEURONS - 1), max_size=20), max_size=30)
 
 
 def new_cache(slots: int, policy: str = "lru") -> NeuronCache:
-    return NeuronCache(NEURONS, np.zeros((slots, 8), dtype=np.uint8), MAKERS[policy](slots))
+    return NeuronCache(NEURONS, np.zeros((slots, 8), dtype=np.uint8), MAKERS[policy](NEURONS))
 
 
 def content_of(neurons: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -128,6 +128,15 @@ def test_lfu_holds_what_is_used_often() -> None:
     assert {1, 2} <= set(cache.neurons.tolist())
 
 
+def test_lfu_counts_a_neuron_s_uses_while_it_was_not_in_the_cache_too() -> None:
+    cache = new_cache(2, "lfu")
+    for neurons in ({1}, {2, 3}, {1}, {2, 3}, {1}):
+        use(cache, *neurons)  # 1 is evicted in between
+    use(cache, 4)
+    use(cache, 5)
+    assert 1 in cache.neurons
+
+
 def test_a_read_that_fails_leaves_no_neuron_in_its_slot() -> None:
     cache = new_cache(2)
     use(cache, 1, 2)
@@ -153,7 +162,7 @@ def use_expected(cache: NeuronCache, *neurons: int) -> Admission:
     """One token some of whose neurons were expected."""
     ids = np.array(sorted(neurons), dtype=np.int64)
     admission = cache.admit(ids)
-    cache.arrived(admission)
+    cache.arrived()
     missing = ids[admission.missing]
     cache.rows[admission.missing_slots] = content_of(missing)
     cache.commit(missing, admission.missing_slots)
@@ -190,6 +199,17 @@ def test_what_was_expected_is_not_read_twice_and_is_there_for_the_next_token() -
     assert (found.coming.size, found.missing.size) == (1, 1)
     assert use(cache, 1, 2, 3, 5).held.size == 4
     assert (cache.stats.ahead, cache.stats.ahead_used) == (3, 1)
+
+
+def test_what_the_last_token_used_makes_room_last_for_what_is_expected() -> None:
+    cache = new_cache(4, "lfu")
+    for _ in range(3):
+        use(cache, 1, 2)
+    use(cache, 3, 4)
+    expect(cache, 5, 6)
+    assert cache.neurons.tolist() == [3, 4]
+    expect(cache, 7, 8, 9)
+    assert cache.neurons.size == 1
 
 
 def test_what_was_expected_and_never_came_is_not_in_the_cache() -> None:

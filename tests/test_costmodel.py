@@ -21,7 +21,7 @@ from bundlefmt.flash.costmodel import (
     decode,
     encode,
 )
-from bundlefmt.flash.policies import Lru
+from bundlefmt.flash.policies import Lfu, Lru, Policy
 
 US = 1e-6
 
@@ -177,9 +177,10 @@ def drawn(neurons: int, count: int, active: int, seed: int = 1) -> Iterator[NDAr
         yield ids
 
 
-def replayed(neurons: int, tokens: Tokens, slots: int, warm_up: int) -> float:
+def replayed(tokens: Tokens, slots: int, warm_up: int, policy: Policy) -> float:
     """Misses per token of the cache that the runtime has."""
-    cache = NeuronCache(neurons, np.empty((slots, 1), dtype=np.uint8), Lru(slots))
+    neurons = policy.worth.size
+    cache = NeuronCache(neurons, np.empty((slots, 1), dtype=np.uint8), policy)
     before = 0
     for token, ids in enumerate(tokens):
         if token == warm_up:
@@ -189,17 +190,18 @@ def replayed(neurons: int, tokens: Tokens, slots: int, warm_up: int) -> float:
     return (cache.stats.misses - before) / (len(tokens) - warm_up)
 
 
+@pytest.mark.parametrize("policy", [Lru, Lfu])
 @pytest.mark.parametrize("slots", [0, 1, 20, 60, 100, 200, 399, 400])
-def test_stack_distances_tell_the_misses_of_the_cache(slots: int) -> None:
+def test_stack_distances_tell_the_misses_of_the_cache(slots: int, policy: type[Policy]) -> None:
     tokens = list(drawn(400, 300, 60))
-    found = reuse.observed(400, tokens, warm_up=100)
-    expected = replayed(400, tokens, slots, warm_up=100)
+    found = reuse.observed(400, tokens, 100, policy(400))
+    expected = replayed(tokens, slots, 100, policy(400))
     assert found.misses[slots] == pytest.approx(expected, rel=0.05, abs=0.5)
 
 
 def test_what_tokens_use_is_counted() -> None:
     tokens = [np.array(ids) for ids in ([0, 1], [2, 3], [0, 1], [2, 3], [0, 5])]
-    found = reuse.observed(8, tokens, warm_up=2)
+    found = reuse.observed(8, tokens, 2, Lru(8))
     assert found.active == 2
     assert found.held[:3].tolist() == [0, 2, 4]
     # What comes back comes back after two others; the last token's 5 was never used before.

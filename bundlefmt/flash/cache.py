@@ -38,14 +38,15 @@ class CacheStats:
 
 
 class Admission(NamedTuple):
-    """What a token's neurons meet in the cache: those at the positions `held` of the ids that were
-    asked for lie in the slots `held_slots`, worth `held_worth` until then; those at `coming` were
-    expected, and are being read into `coming_slots`; those at `missing` are to be read into
-    `missing_slots`; those at `passed` find no room and are to be read elsewhere."""
+    """What a token's neurons `ids`, worth `worth` until then, meet in the cache: those at the
+    positions `held` lie in the slots `held_slots`; those at `coming` were expected, and are being
+    read into `coming_slots`; those at `missing` are to be read into `missing_slots`; those at
+    `passed` find no room and are to be read elsewhere."""
 
+    ids: Ids
+    worth: Worth
     held: Ids
     held_slots: Slots
-    held_worth: Worth
     coming: Ids
     coming_slots: Slots
     missing: Ids
@@ -69,6 +70,7 @@ class NeuronCache:
         self._slot_of = np.full(neurons, -1, dtype=np.int32)
         self._neuron_in = np.full(rows.shape[0], -1, dtype=np.int32)
         self._token = 0
+        self._latest = _NONE  # the neurons of that token
         self._expected = _NONE, _NONE
         self._expected_slot_of = np.full(neurons, -1, dtype=np.int32)
 
@@ -92,17 +94,19 @@ class NeuronCache:
         coming = np.flatnonzero(ahead >= 0)
         missing = np.flatnonzero((slots < 0) & (ahead < 0))
         held_slots = slots[held]
-        held_worth = self._policy.worth[held_slots]
-        self._policy.touch(held_slots, self._token)
+        worth = self._policy.worth[ids]
+        self._policy.use(ids, self._token)
+        self._latest = ids
         room = self._make_room(missing.size, held_slots)
         self.stats.hits += held.size
         self.stats.misses += coming.size + missing.size
         self.stats.passed += missing.size - room.size
         self.stats.ahead_used += coming.size
         return Admission(
+            ids,
+            worth,
             held,
             held_slots,
-            held_worth,
             coming,
             ahead[coming],
             missing[: room.size],
@@ -117,25 +121,23 @@ class NeuronCache:
     def expect(self, ids: Ids) -> tuple[Ids, Slots]:
         """Make room for those of the different neurons that are not in the cache, before the next
         token asks: as many of them as there is room for, and the slots to read them into. What was
-        expected before and has not arrived is no longer expected."""
+        expected before and has not arrived is no longer expected. What the last token used gives
+        way last: the next one often uses it too, guessed or not."""
         self.forget_expected()
         absent = self.absent(ids)
-        slots = self.slots_of(ids)
-        room = self._make_room(absent.size, slots[slots >= 0])
+        slots, latest = self.slots_of(ids), self.slots_of(self._latest)
+        room = self._make_room(absent.size, slots[slots >= 0], latest[latest >= 0])
         expected = absent[: room.size]
         self._expected = expected, room
         self._expected_slot_of[expected] = room
         self.stats.ahead += room.size
         return self._expected
 
-    def arrived(self, admission: Admission) -> None:
-        """What was expected has been read; the token that was admitted uses some of it. The rest
-        stays until its slots are wanted, and is worth nothing until it is used."""
+    def arrived(self) -> None:
+        """What was expected has been read, whether a token came for it or not."""
         ids, slots = self._expected
         self.forget_expected()
-        self._hold(ids, slots, self._token)
-        self._policy.worth[slots] = -np.inf
-        self._policy.fill(admission.coming_slots, self._token)
+        self._hold(ids, slots)
 
     def forget_expected(self) -> None:
         """What was expected does not come, and its slots are empty."""
@@ -151,52 +153,49 @@ class NeuronCache:
         """Different neurons whose bundles are at hand, last used `ages` tokens ago: the positions
         of those to be copied, and into which slots; they take what is empty, and what is worth
         less than they are. The cache holds them from now on."""
-        tokens = self._token - ages
         slots = self.slots_of(ids)
-        present = slots >= 0
-        self._policy.touch(slots[present], tokens[present])
-        best = np.flatnonzero(~present)
-        best = best[np.argsort(-tokens[best], kind="stable")]
+        self._policy.use(ids, self._token - ages)
+        best = np.flatnonzero(slots < 0)
+        best = best[np.argsort(-self._policy.worth[ids[best]], kind="stable")]
         empty = np.flatnonzero(self._neuron_in < 0)
         filled = np.flatnonzero(self._neuron_in >= 0)
-        filled = filled[np.argsort(self._policy.worth[filled], kind="stable")]
-        worth = self._policy.worth_when_filled(tokens[best[empty.size :]])
+        filled = filled[np.argsort(self._worth_in(filled), kind="stable")]
+        worth = self._policy.worth[ids[best[empty.size :]]]
         rivals = min(worth.size, filled.size)
-        better = worth[:rivals] > self._policy.worth[filled[:rivals]]
+        better = worth[:rivals] > self._worth_in(filled[:rivals])
         room = np.concatenate([empty, filled[:rivals][better]])[: best.size]
         best = best[: room.size]
         self._empty(room[self._neuron_in[room] >= 0])
-        self._hold(ids[best], room, tokens[best])
+        self._hold(ids[best], room)
         return best, room
 
     def commit(self, ids: Ids, slots: Slots) -> None:
         """The bundles of these neurons have been read into these slots, which `admit` gave."""
-        self._hold(ids, slots, self._token)
+        self._hold(ids, slots)
 
-    def _hold(self, ids: Ids, slots: Slots, token: int | Ids) -> None:
+    def _hold(self, ids: Ids, slots: Slots) -> None:
         self._slot_of[ids] = slots
         self._neuron_in[slots] = ids
-        self._policy.fill(slots, token)
 
     def settle(self, admission: Admission, kept: Iterable[Ids]) -> None:
         """The last `admit` was for several tokens, of which these were kept, with the neurons that
         each used: count those, token by token, and none besides."""
-        self._policy.worth[admission.held_slots] = admission.held_worth
-        self._policy.worth[admission.missing_slots] = -np.inf
+        self._policy.worth[admission.ids] = admission.worth
+        self._latest = _NONE
         self._token -= 1
         for ids in kept:
             self._token += 1
-            slots = self.slots_of(ids)
-            self._policy.touch(slots[slots >= 0], self._token)
+            self._policy.use(ids, self._token)
+            self._latest = ids
 
     def _expire(self) -> None:
         expired = self._policy.expired(self._token)
         if expired is not None:
-            self._empty(np.flatnonzero(expired & (self._neuron_in >= 0)))
+            self._empty(self.slots_of(np.flatnonzero(expired & (self._slot_of >= 0))))
 
-    def _make_room(self, count: int, kept: Slots) -> Slots:
-        """Up to `count` empty slots: what is empty first, then what is worth least, but none of
-        those `kept`."""
+    def _make_room(self, count: int, kept: Slots, spared: Slots = _NONE) -> Slots:
+        """Up to `count` empty slots: what is empty first, then what is worth least, last those
+        `spared`, and none of those `kept`."""
         vacant = self._neuron_in < 0
         vacant[self._expected[1]] = False
         empty = np.flatnonzero(vacant)[:count]
@@ -207,11 +206,17 @@ class NeuronCache:
         free[kept] = False
         candidates = np.flatnonzero(free)
         if wanted < candidates.size:
-            worth = self._policy.worth[candidates]
+            late = np.zeros(self._neuron_in.size, dtype=np.bool_)
+            late[spared] = True
+            worth = np.where(late[candidates], np.inf, self._worth_in(candidates))
             candidates = candidates[np.argpartition(worth, wanted)[:wanted]]
         self._empty(candidates)
         self.stats.evictions += candidates.size
         return np.concatenate([empty, candidates])
+
+    def _worth_in(self, slots: Slots) -> Worth:
+        """Of the neurons in these slots."""
+        return self._policy.worth[self._neuron_in[slots]]
 
     def _empty(self, slots: Slots) -> None:
         self._slot_of[self._neuron_in[slots]] = -1

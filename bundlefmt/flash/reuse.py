@@ -1,10 +1,11 @@
 """How soon tokens use the same neurons again, and so what a cache of some size has to read.
 
-Strategy: a cache that lets go what was least recently used holds the neurons of the last tokens, as
-many as there is room for. A neuron's stack distance (Mattson et al., 1970) is how many others, and
-it, have been used since its last use: it is still there in every cache of at least that many
-slots. One pass over a trace therefore tells the misses of every size at once, and the sizes of the
-windows.
+Strategy: a cache holds the last token's neurons and, beside them, those worth most by its policy,
+as many as there is room for. Worth does not depend on the cache's size, so what one cache holds
+every larger one does, too (nearly: a neuron that made place for the last token's may be worth more
+than they are). A neuron's stack distance (Mattson et al., 1970) is its place in that order: it is
+there in every cache of at least that many slots. One pass over a trace therefore tells the misses
+of every size at once, and the sizes of the windows.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from bundlefmt.flash.policies import Policy
 
 Means = NDArray[np.float64]
 
@@ -43,29 +46,37 @@ class Reuse:
         return int(np.searchsorted(self.held, slots, side="right")) - 1
 
 
-def observed(neurons: int, tokens: Iterable[NDArray[np.integer[Any]]], warm_up: int) -> Reuse:
-    """From each token's active neurons, in turn; the first `warm_up` tokens only fill the cache.
-    Neurons that no token used before are read whatever the size of the cache."""
+def observed(
+    neurons: int, tokens: Iterable[NDArray[np.integer[Any]]], warm_up: int, policy: Policy
+) -> Reuse:
+    """From each token's active neurons, in turn, with a new policy for so many neurons; the first
+    `warm_up` tokens only fill the cache. Neurons that no token used before are read whatever the
+    size of the cache."""
     last = np.full(neurons, -1, dtype=np.int64)
     distances = np.zeros(neurons + 2, dtype=np.int64)  # how often; the last is of first uses
     held = np.zeros(_MOST_WINDOW + 1)
     random = np.random.default_rng(_SEED)
+    latest = np.empty(0, dtype=np.int64)
     active = counted = 0
-    for token, ids in enumerate(tokens):
+    for token, some in enumerate(tokens):
+        ids = some.astype(np.int64)
         if token >= warm_up:
             counted += 1
             active += ids.size
             ages = np.where(last < 0, 0, token - last)
             of_age = np.bincount(ages, minlength=_MOST_WINDOW + 1)
             of_age[0] = 0  # never used
-            newer = np.cumsum(of_age)
-            held += newer[: _MOST_WINDOW + 1]
-            age = ages[ids]
-            # Those of one token have no order: each takes one of its places.
-            place = 1 + (random.random(ids.size) * of_age[age]).astype(np.int64)
-            distance = np.where(age == 0, neurons + 1, newer[age - 1] + place)
+            held += np.cumsum(of_age)[: _MOST_WINDOW + 1]
+            worth = -policy.worth
+            worth[latest] = -np.inf
+            ordered = np.sort(worth)
+            first, end = (ordered.searchsorted(worth[ids], side) for side in ("left", "right"))
+            # Those worth the same have no order: each takes one of their places.
+            place = first + 1 + (random.random(ids.size) * (end - first)).astype(np.int64)
+            distance = np.where(last[ids] < 0, neurons + 1, place)
             distances += np.bincount(distance, minlength=neurons + 2)
-        last[ids] = token
+        last[ids], latest = token, ids
+        policy.use(ids, token)
     counted = max(counted, 1)
     return Reuse(active / counted, held / counted, (active - np.cumsum(distances)[:-1]) / counted)
 

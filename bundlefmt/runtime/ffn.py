@@ -188,7 +188,7 @@ class FfnLayer:
         y = sum_of(admission.held, admission.held_slots)
         if self._early is not None:
             self._arrive_early(self._early, cache)
-            cache.arrived(admission)
+            cache.arrived()
             clock.lap("manage", layer)
             y += sum_of(admission.coming, admission.coming_slots)
         self._arrive(pending)

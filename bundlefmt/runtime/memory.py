@@ -28,7 +28,7 @@ POLICIES = ("lfu", "lru", "window", "none")
 
 _FEWEST_STREAMED = 3  # layers: with two pieces of memory for them, fewer spare nothing
 _LEAST_CACHE = 0.05  # of all bundles: a smaller cache costs more reads than streaming saves memory
-_TABLE_BYTES = 32  # per neuron: its checksum, its places in file and cache, its bias
+_TABLE_BYTES = 40  # per neuron: its checksum, its places in file and cache, its bias, its worth
 _TOKENS = 2048  # of the longest text, where neither the caller nor the model says
 
 
@@ -68,11 +68,11 @@ class Caching:
         """How to read: the operating system can keep only what goes through its cache."""
         return "buffered" if self.policy == "none" and wanted == "auto" else wanted
 
-    def new_policy(self, slots: int) -> Policy:
+    def new_policy(self, neurons: int) -> Policy:
         """The policy of one group's cache."""
         if self.window is not None:
-            return Window(slots, self.window)
-        return Lfu(slots) if self.policy == "lfu" else Lru(slots)
+            return Window(neurons, self.window)
+        return Lfu(neurons) if self.policy == "lfu" else Lru(neurons)
 
 
 class Caches(NamedTuple):
@@ -158,7 +158,7 @@ def make_caches(budget: Budget, groups: Sequence[Group], caching: Caching) -> Ca
     for group, slots in zip(groups, budget.slots, strict=True):
         end = start + slots * group.stride
         rows = memory[start:end].reshape(slots, group.stride)
-        made = NeuronCache(group.neurons, rows, caching.new_policy(slots)) if slots else None
-        caches.append(made)
+        policy = caching.new_policy(group.neurons)
+        caches.append(NeuronCache(group.neurons, rows, policy) if slots else None)
         start = end
     return Caches(caches, memory)
