@@ -17,7 +17,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +43,13 @@ STATISTICS_TOKENS = 48
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_files(parser)
+    add_arguments(parser)
     parser.add_argument("--limit", type=parse_size, help="memory (default: half the file)")
     parser.add_argument("--steps", nargs="+", choices=tables.TITLES, default=list(tables.TITLES))
     parser.add_argument("--tokens", type=int, default=40, help="measured of each fast step")
     parser.add_argument("--slow-tokens", type=int, default=3, help="measured of each slow step")
-    parser.add_argument("--seconds", type=float, default=240, help="at most, of each step")
     parser.add_argument("--recall", type=float, default=0.75, help="of the early guesses")
     parser.add_argument("--wrong", type=float, default=0.05, help="share of the early guesses")
-    parser.add_argument("--json", type=Path, help="file to write everything measured to")
-    parser.add_argument("--plot", type=Path, help="PNG or SVG to draw")
-    parser.add_argument("--write-results", action="store_true", help=f"into {RESULTS.name}")
     args = parser.parse_args()
     try:
         with MemoryGroup(1 << 30):  # says at once where no limit can be set
@@ -63,24 +59,45 @@ def main() -> int:
     except BundleError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    text = tables.markdown(report)
-    print(text)
-    if args.json:
-        args.json.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
-    if args.plot:
-        tables.draw(report, args.plot)
-    if args.write_results:
-        tables.write_section(RESULTS, f"{args.model}: the paper's tables", text)
+    publish(
+        args,
+        tables.markdown(report),
+        report.as_dict(),
+        lambda path: tables.draw(report, path),
+        "the paper's tables",
+    )
     return 0
 
 
-def add_files(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say which model is measured, and where its files are."""
+def publish(
+    args: argparse.Namespace,
+    text: str,
+    figures: dict[str, Any],
+    draw: Callable[[Path], None],
+    heading: str,
+) -> None:
+    """Print the section, and write what was asked for."""
+    print(text)
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if args.plot:
+        draw(args.plot)
+    if args.write_results:
+        tables.write_section(RESULTS, f"{args.model}: {heading}", text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say which model is measured, where its files are, for how long, and where
+    results go."""
     parser.add_argument("--model", choices=PAPER, default="opt-6.7b")
     parser.add_argument("--folder", type=Path, help="where its files are, or are made")
     parser.add_argument("--bundle", type=Path, help="its bundle file, if it is elsewhere")
     parser.add_argument("--checkpoint", type=Path, help="its checkpoint's folder, likewise")
     parser.add_argument("--prompt-tokens", type=int, default=16, help="before those measured")
+    parser.add_argument("--seconds", type=float, default=240, help="at most, of each run")
+    parser.add_argument("--json", type=Path, help="file to write everything measured to")
+    parser.add_argument("--plot", type=Path, help="PNG or SVG to draw")
+    parser.add_argument("--write-results", action="store_true", help=f"into {RESULTS.name}")
 
 
 def files(args: argparse.Namespace) -> tuple[Path, Path | None]:

@@ -134,7 +134,7 @@ def _timed(model: Model, tokens: Iterator[None]) -> Iterator[Token]:
         if number >= _FIRST:
             yield Token(
                 seconds,
-                io=stats.busy_seconds,
+                io=None if streamed else stats.busy_seconds,  # what reads attention does not count
                 waited=model.clock.seconds["wait"] - stages["wait"],
                 manage=model.clock.seconds["manage"] - stages["manage"],
                 nbytes=stats.bytes_read + streamed,
