@@ -11,23 +11,24 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from bundlefmt.errors import UsageError
-from bundlefmt.flash.cache import Admission, NeuronCache
-from bundlefmt.flash.policies import Lfu, Lru, Policy, Window
+from bundlefmt.flash.cache import Admission, NeuronCache, caches
+from bundlefmt.flash.policies import Lfu, Lru, Policy, Window, Worth, unused
 from bundlefmt.flash.readahead import ReadAhead
 from bundlefmt.runtime.memory import POLICIES, Caching
 
 NEURONS = 40
-MAKERS: dict[str, Callable[[int], Policy]] = {
+MAKERS: dict[str, Callable[[Worth], Policy]] = {
     "lru": Lru,
     "lfu": Lfu,
-    "window": lambda neurons: Window(neurons, 2),
+    "window": lambda worth: Window(worth, 2),
 }
 policies = pytest.mark.parametrize("policy", MAKERS)
 tokens = st.lists(st.sets(st.integers(0, NEURONS - 1), max_size=20), max_size=30)
 
 
 def new_cache(slots: int, policy: str = "lru") -> NeuronCache:
-    return NeuronCache(NEURONS, np.zeros((slots, 8), dtype=np.uint8), MAKERS[policy](NEURONS))
+    (cache,) = caches(np.zeros((slots, 8), dtype=np.uint8), [NEURONS], MAKERS[policy])
+    return cache
 
 
 def content_of(neurons: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -285,4 +286,77 @@ def test_a_policy_that_cannot_be_is_refused(settings: dict[str, object], field: 
 def test_every_policy_can_be_asked_for() -> None:
     for name in set(POLICIES) - {"none"}:
         caching = Caching(1 << 30, name, window=3 if name == "window" else None)
-        assert caching.new_policy(4).name == name
+        assert caching.new_policy(unused(4)).name == name
+
+
+def shared_caches(slots: int, policy: str = "lfu", groups: int = 2) -> list[NeuronCache]:
+    """Of groups of NEURONS each, that share the slots."""
+    rows = np.zeros((slots, 8), dtype=np.uint8)
+    return caches(rows, [NEURONS] * groups, MAKERS[policy])
+
+
+@policies
+@given(
+    turns=st.lists(
+        st.tuples(
+            st.integers(0, 2),
+            st.sets(st.integers(0, NEURONS - 1), max_size=20),
+            st.sets(st.integers(0, NEURONS - 1), max_size=20),
+            st.booleans(),
+        ),
+        max_size=40,
+    ),
+    slots=st.integers(1, 60),
+)
+@settings(max_examples=100, deadline=None)
+def test_groups_that_share_slots_never_share_one(
+    policy: str, turns: list[tuple[int, set[int], set[int], bool]], slots: int
+) -> None:
+    """Whatever is guessed, used, or fails to be read."""
+    groups = shared_caches(slots, policy, groups=3)
+    for index, guess, neurons, fails in turns:
+        cache = groups[index]
+        mark = 64 * index  # a group's bundles are those of no other group
+        expected, where = cache.expect(ids_of(guess))
+        cache.rows[where] = content_of(expected) + mark
+        ids = ids_of(neurons)
+        found = cache.admit(ids)
+        cache.arrived()
+        if not fails:
+            cache.rows[found.missing_slots] = content_of(ids[found.missing]) + mark
+            cache.commit(ids[found.missing], found.missing_slots)
+        lying = [each.slots_of(each.neurons) for each in groups]
+        used = np.concatenate(lying)
+        assert np.unique(used).size == used.size <= slots
+        for number, (each, places) in enumerate(zip(groups, lying, strict=True)):
+            assert (each.rows[places] == content_of(each.neurons) + 64 * number).all()
+
+
+def test_a_group_that_needs_many_slots_has_many() -> None:
+    busy, idle = shared_caches(24)
+    for token in range(20):
+        use(busy, *range(20))
+        use(idle, token % 2)
+    assert busy.neurons.size == 20
+    assert idle.neurons.tolist() == [0, 1]
+    assert busy.stats.misses == 20
+
+
+def test_what_a_group_used_last_gives_way_last() -> None:
+    first, second = shared_caches(3)
+    for _ in range(3):
+        use(second, 0)
+    use(second, 1)
+    use(first, 0)
+    use(first, 1)
+    assert second.neurons.tolist() == [0, 1]
+    use(first, 2, 3)
+    assert second.neurons.tolist() == [1]  # 0 was used more often, but is not in use
+
+
+def test_slots_that_were_never_filled_are_vacant_again() -> None:
+    first, second = shared_caches(4)
+    first.admit(np.arange(4))  # and never committed
+    assert second.admit(np.arange(2)).passed.size == 2  # reads may be under way to all of them
+    use(first)
+    assert use(second, 5, 6, 7, 8).missing.size == 4

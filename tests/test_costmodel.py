@@ -8,11 +8,13 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from bundlefmt.errors import FormatError
 from bundlefmt.flash import reuse
-from bundlefmt.flash.cache import NeuronCache
+from bundlefmt.flash.cache import caches
 from bundlefmt.flash.costmodel import (
     VERSION,
     Batch,
@@ -21,7 +23,7 @@ from bundlefmt.flash.costmodel import (
     decode,
     encode,
 )
-from bundlefmt.flash.policies import Lfu, Lru, Policy
+from bundlefmt.flash.policies import Lfu, Lru, Policy, unused
 
 US = 1e-6
 
@@ -159,6 +161,7 @@ def test_unknown_fields_of_a_profile_are_left_alone() -> None:
 # Reuse.
 
 Tokens = list[NDArray[np.int64]]
+NEURONS = 400
 
 
 def drawn(neurons: int, count: int, active: int, seed: int = 1) -> Iterator[NDArray[np.int64]]:
@@ -177,10 +180,10 @@ def drawn(neurons: int, count: int, active: int, seed: int = 1) -> Iterator[NDAr
         yield ids
 
 
-def replayed(tokens: Tokens, slots: int, warm_up: int, policy: Policy) -> float:
+def replayed(tokens: Tokens, slots: int, warm_up: int, policy: type[Policy]) -> float:
     """Misses per token of the cache that the runtime has."""
-    neurons = policy.worth.size
-    cache = NeuronCache(neurons, np.empty((slots, 1), dtype=np.uint8), policy)
+    rows = np.empty((slots, 1), dtype=np.uint8)
+    (cache,) = caches(rows, [NEURONS], policy)
     before = 0
     for token, ids in enumerate(tokens):
         if token == warm_up:
@@ -191,23 +194,46 @@ def replayed(tokens: Tokens, slots: int, warm_up: int, policy: Policy) -> float:
 
 
 @pytest.mark.parametrize("policy", [Lru, Lfu])
-@pytest.mark.parametrize("slots", [0, 1, 20, 60, 100, 200, 399, 400])
+@pytest.mark.parametrize("slots", [0, 1, 20, 60, 100, 200, 399, NEURONS])
 def test_stack_distances_tell_the_misses_of_the_cache(slots: int, policy: type[Policy]) -> None:
-    tokens = list(drawn(400, 300, 60))
-    found = reuse.observed(400, tokens, 100, policy(400))
-    expected = replayed(tokens, slots, 100, policy(400))
+    tokens = list(drawn(NEURONS, 300, 60))
+    found = reuse.observed(NEURONS, tokens, 100, policy(unused(NEURONS)))
+    expected = replayed(tokens, slots, 100, policy)
     assert found.misses[slots] == pytest.approx(expected, rel=0.05, abs=0.5)
+
+
+gains = st.lists(st.integers(0, 20), min_size=1, max_size=40).map(lambda g: sorted(g, reverse=True))
+
+
+@given(st.lists(gains, min_size=1, max_size=5), st.floats(0, 1))
+def test_shared_slots_go_where_they_spare_most(spared: list[list[int]], share: float) -> None:
+    """`spared`: by each slot of a group, one after the other."""
+    used = [
+        reuse.Reuse(sum(group), np.zeros(1), sum(group) - np.cumsum([0.0, *group]))
+        for group in spared
+    ]
+    slots = int(share * sum(map(len, spared)))
+    counts = reuse.shared(used, slots)
+    assert sum(counts) == slots
+    found = sum(sum(group[:count]) for group, count in zip(spared, counts, strict=True))
+    assert found == sum(sorted((gain for group in spared for gain in group), reverse=True)[:slots])
+
+
+def test_a_slot_that_spares_little_may_be_before_one_that_spares_much() -> None:
+    late = reuse.Reuse(9, np.zeros(1), np.array([9.0, 9, 9, 0]))  # of use only when all are there
+    even = reuse.Reuse(6, np.zeros(1), np.array([6.0, 4, 2, 0]))
+    assert reuse.shared([late, even], 3) == [3, 0]
 
 
 def test_what_tokens_use_is_counted() -> None:
     tokens = [np.array(ids) for ids in ([0, 1], [2, 3], [0, 1], [2, 3], [0, 5])]
-    found = reuse.observed(8, tokens, 2, Lru(8))
+    found = reuse.observed(8, tokens, 2, Lru(unused(8)))
     assert found.active == 2
     assert found.held[:3].tolist() == [0, 2, 4]
     # What comes back comes back after two others; the last token's 5 was never used before.
     assert found.misses[:3].tolist() == [2, 2, 2]
     assert found.misses[4:].tolist() == pytest.approx([1 / 3] * 5)
-    assert [found.window(slots) for slots in (0, 1, 2, 3)] == [0, 0, 1, 1]
+    assert [reuse.window([found], slots) for slots in (0, 1, 2, 3)] == [0, 0, 1, 1]
 
 
 def test_the_assumed_reuse_is_the_papers() -> None:
@@ -216,7 +242,8 @@ def test_the_assumed_reuse_is_the_papers() -> None:
     assert share[1] == pytest.approx(0.095)
     assert share[5] == pytest.approx(0.24, rel=0.01)  # a window of five
     slots = round(0.24 * 16384)
-    assert found.window(slots) in (4, 5)
+    assert reuse.window([found], slots) in (4, 5)
+    assert reuse.window([found, found], 2 * slots) == reuse.window([found], slots)
     assert found.misses[slots] / 16384 == pytest.approx(0.024, rel=0.15)
 
 

@@ -237,7 +237,7 @@ def test_more_memory_reads_less_and_affords_a_longer_window(
     for less, more in itertools.pairwise(plans):
         assert more.bytes_per_token <= less.bytes_per_token
         assert more.hit_rate >= less.hit_rate
-        assert (np.array(more.windows) >= less.windows).all()
+        assert more.window >= less.window
     assert [line for line in plans[-1].advice if line.bytes_per_token is not None] == []
 
 
@@ -259,8 +259,7 @@ def test_the_memory_advised_does_what_is_promised(
     if advised.window is None:
         assert followed.cached_share == 1
     else:
-        assert float(np.median(followed.windows)) >= advised.window
-        assert float(np.median(planned.windows)) < advised.window
+        assert followed.window >= advised.window > planned.window
 
 
 def test_fewer_bits_are_advised_where_bundles_become_smaller(demo_bundle: Path) -> None:
@@ -345,5 +344,5 @@ def test_a_trained_model_is_planned_on_a_trace(tmp_path: Path) -> None:
     planned = bundlefmt.plan(path, memory, traces=traces, **options)
     assert 0.03 < planned.active_share < 0.10
     assert 0.5 < planned.hit_rate < 1
-    assert planned.windows[0] < min(planned.windows[1:])  # its first layer is the busiest by far
+    assert planned.window > 2
     assert planned.bytes_per_token < 0.05 * planned.ffn_bytes

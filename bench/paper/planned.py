@@ -10,7 +10,7 @@ from bench.paper.records import Caching
 from bench.paper.traces import HISTORY, Trace, fit
 from bundlefmt.file import BundleFile
 from bundlefmt.flash import profiles, reuse
-from bundlefmt.flash.policies import Lfu
+from bundlefmt.flash.policies import Lfu, unused
 from bundlefmt.planning.token import READING, STREAMING, Costs
 from bundlefmt.runtime.config import decoder_config
 from bundlefmt.runtime.selection import Selecting
@@ -38,7 +38,7 @@ class Planner:
             generator = fit(paper.predicted, paper.held, paper.fresh, paper.window)
             trace = Trace(generator, 1, neurons, _TOKENS)
             tokens = chain(trace.history(0), (trace.ids(0, token) for token in range(_TOKENS)))
-            used = reuse.observed(neurons, tokens, HISTORY, Lfu(neurons))
+            used = reuse.observed(neurons, tokens, HISTORY, Lfu(unused(neurons)))
             every = list(repeat(used, len(file.groups)))
             self._costs = Costs(file, config, Selecting("predict"), every)
         self._profile = profiles.load(bundle)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from statistics import median
 from typing import TYPE_CHECKING
 
 from bundlefmt.cli import arguments, output
@@ -76,8 +75,6 @@ def run(args: argparse.Namespace) -> int:
             for stage in found.stages
         ],
     )
-    least, most = min(found.windows), max(found.windows)
-    window = f"{least}" if least == most else f"{median(found.windows):.0f} ({least}..{most})"
     total = found.milliseconds_per_token
     output.print_fields(
         [
@@ -85,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             (
                 "cache",
                 f"{output.share(found.cached_share, 1)} of the FFN ("
-                f"{output.size(found.ffn_bytes)}), a window of {window} tokens",
+                f"{output.size(found.ffn_bytes)}), a window of {found.window} tokens",
             ),
             ("streamed", f"the attention of {len(found.streamed)} layers"),
             (

@@ -32,8 +32,9 @@ class Needs:
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit divided, in bytes; `slots` is the neuron cache's, per group, and `streamed` the
-    layers whose attention finds no room, and is read anew for every pass."""
+    """A limit divided, in bytes; `slots` is what each group adds to the neuron cache's, which
+    groups share, and `streamed` the layers whose attention finds no room, and is read anew for
+    every pass."""
 
     limit: int
     needs: Needs
@@ -51,7 +52,7 @@ def left_of(limit: int, needs: Needs) -> int:
 def divide(
     limit: int, needs: Needs, groups: Sequence[Group], streamed: tuple[int, ...] = ()
 ) -> Budget:
-    """Give the neuron cache what is left of the limit, each group its share by the bytes of its
+    """Give the neuron cache what is left of the limit: slots for the same share of each group's
     neurons. Raises UsageError when the limit is too small, with the smallest that works."""
     left = left_of(limit, needs)
     if left < 0:

@@ -4,14 +4,17 @@ kernels compute from them. Nothing is ever moved (cf. the paper's section 3.3, w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bundlefmt.flash.policies import Policy, Worth
+from bundlefmt.flash.pool import Pool
+from bundlefmt.kernels import Floats
 
 Ids = NDArray[np.int64]
 Slots = NDArray[np.int64]
@@ -25,7 +28,7 @@ class CacheStats:
 
     hits: int = 0
     misses: int = 0
-    evictions: int = 0
+    evictions: int = 0  # of any group's neurons, for this one's
     passed: int = 0  # misses for which there was no slot
     ahead: int = 0  # neurons read before it was known that they were needed
     ahead_used: int = 0  # of them, those that were
@@ -55,29 +58,40 @@ class Admission(NamedTuple):
 
 
 class NeuronCache:
-    """Slots for the bundles of one group.
+    """One group's part of a pool of slots. Made by `caches`.
 
-    `rows`, uint8 [slots, stride], is the memory. A token first asks for its neurons (`admit`),
-    then reads the missing ones into their slots, then says so (`commit`); before that they are not
-    in the cache, so a read that fails leaves nothing behind. Neurons that it will probably use can
-    be read before that (`expect`, then `arrived`), and what a prompt has used be put in (`offer`).
+    A token first asks for its neurons (`admit`), then reads the missing ones into their slots, then
+    says so (`commit`); before that they are not in the cache, so a read that fails leaves nothing
+    behind. Neurons that it will probably use can be read before that (`expect`, then `arrived`),
+    and what a prompt has used be put in (`offer`). Slots that were handed out and not filled are
+    vacant again when the next token asks: by then no read may be under way to them.
     """
 
-    def __init__(self, neurons: int, rows: NDArray[np.uint8], policy: Policy) -> None:
-        self.rows = rows
+    def __init__(self, pool: Pool, first: int, neurons: int, policy: Policy) -> None:
         self.stats = CacheStats()
+        self._pool = pool
+        self._first = first
         self._policy = policy
-        self._slot_of = np.full(neurons, -1, dtype=np.int32)
-        self._neuron_in = np.full(rows.shape[0], -1, dtype=np.int32)
+        self._slot_of = pool.slot_of[first : first + neurons]
         self._token = 0
         self._latest = _NONE  # the neurons of that token
+        self._awaited = _NONE
         self._expected = _NONE, _NONE
         self._expected_slot_of = np.full(neurons, -1, dtype=np.int32)
+
+    @property
+    def rows(self) -> NDArray[np.uint8]:
+        """The pool's memory, uint8 [slots, stride]."""
+        return self._pool.rows
 
     @property
     def neurons(self) -> Ids:
         """The neurons that are in the cache, ascending."""
         return np.flatnonzero(self._slot_of >= 0)
+
+    def beside(self, name: str) -> Floats:
+        """Float32 [slots] of that name, for numbers that belong to the bundles."""
+        return self._pool.beside(name)
 
     def slots_of(self, ids: Ids) -> Slots:
         """Where neurons lie; -1 for those that are not in the cache."""
@@ -86,6 +100,7 @@ class NeuronCache:
     def admit(self, ids: Ids) -> Admission:
         """Look up the different neurons that the next token uses, and make room for those that are
         not there."""
+        self._pool.vacate(self._awaited)
         self._token += 1
         self._expire()
         slots = self.slots_of(ids)
@@ -95,9 +110,8 @@ class NeuronCache:
         missing = np.flatnonzero((slots < 0) & (ahead < 0))
         held_slots = slots[held]
         worth = self._policy.worth[ids]
-        self._policy.use(ids, self._token)
-        self._latest = ids
-        room = self._make_room(missing.size, held_slots)
+        self._use(ids)
+        self._awaited = room = self._make_room(missing.size, held_slots)
         self.stats.hits += held.size
         self.stats.misses += coming.size + missing.size
         self.stats.passed += missing.size - room.size
@@ -121,12 +135,11 @@ class NeuronCache:
     def expect(self, ids: Ids) -> tuple[Ids, Slots]:
         """Make room for those of the different neurons that are not in the cache, before the next
         token asks: as many of them as there is room for, and the slots to read them into. What was
-        expected before and has not arrived is no longer expected. What the last token used gives
-        way last: the next one often uses it too, guessed or not."""
+        expected before and has not arrived is no longer expected."""
         self.forget_expected()
         absent = self.absent(ids)
-        slots, latest = self.slots_of(ids), self.slots_of(self._latest)
-        room = self._make_room(absent.size, slots[slots >= 0], latest[latest >= 0])
+        slots = self.slots_of(ids)
+        room = self._make_room(absent.size, slots[slots >= 0])
         expected = absent[: room.size]
         self._expected = expected, room
         self._expected_slot_of[expected] = room
@@ -135,89 +148,90 @@ class NeuronCache:
 
     def arrived(self) -> None:
         """What was expected has been read, whether a token came for it or not."""
-        ids, slots = self._expected
-        self.forget_expected()
-        self._hold(ids, slots)
+        (ids, slots), self._expected = self._expected, (_NONE, _NONE)
+        self._expected_slot_of[ids] = -1
+        self._pool.hold(self._first + ids, slots)
 
     def forget_expected(self) -> None:
-        """What was expected does not come, and its slots are empty."""
-        self._expected_slot_of[self._expected[0]] = -1
-        self._expected = _NONE, _NONE
+        """What was expected does not come, and its slots are vacant."""
+        (ids, slots), self._expected = self._expected, (_NONE, _NONE)
+        self._expected_slot_of[ids] = -1
+        self._pool.vacate(slots)
 
     def advance(self, tokens: int) -> None:
         """So many tokens go by without asking: a prompt's."""
         self._token += tokens
+        self._turn_to(_NONE)
         self._expire()
 
     def offer(self, ids: Ids, ages: Ids) -> tuple[Ids, Slots]:
         """Different neurons whose bundles are at hand, last used `ages` tokens ago: the positions
-        of those to be copied, and into which slots; they take what is empty, and what is worth
+        of those to be copied, and into which slots; they take what is vacant, and what is worth
         less than they are. The cache holds them from now on."""
         slots = self.slots_of(ids)
         self._policy.use(ids, self._token - ages)
+        self._pool.weigh(self._first + ids)
         best = np.flatnonzero(slots < 0)
         best = best[np.argsort(-self._policy.worth[ids[best]], kind="stable")]
-        empty = np.flatnonzero(self._neuron_in < 0)
-        filled = np.flatnonzero(self._neuron_in >= 0)
-        filled = filled[np.argsort(self._worth_in(filled), kind="stable")]
-        worth = self._policy.worth[ids[best[empty.size :]]]
-        rivals = min(worth.size, filled.size)
-        better = worth[:rivals] > self._worth_in(filled[:rivals])
-        room = np.concatenate([empty, filled[:rivals][better]])[: best.size]
+        vacant = self._pool.vacant(best.size)
+        worth = self._policy.worth[ids[best[vacant.size :]]]
+        rivals = self._pool.least(worth.size, slots[slots >= 0])
+        better = worth[: rivals.size] > self._pool.worth_in(rivals)
+        room = np.concatenate([vacant, rivals[better]])
         best = best[: room.size]
-        self._empty(room[self._neuron_in[room] >= 0])
-        self._hold(ids[best], room)
+        self._pool.take(room)
+        self._pool.hold(self._first + ids[best], room)
         return best, room
 
     def commit(self, ids: Ids, slots: Slots) -> None:
         """The bundles of these neurons have been read into these slots, which `admit` gave."""
-        self._hold(ids, slots)
-
-    def _hold(self, ids: Ids, slots: Slots) -> None:
-        self._slot_of[ids] = slots
-        self._neuron_in[slots] = ids
+        self._awaited = _NONE
+        self._pool.hold(self._first + ids, slots)
 
     def settle(self, admission: Admission, kept: Iterable[Ids]) -> None:
         """The last `admit` was for several tokens, of which these were kept, with the neurons that
         each used: count those, token by token, and none besides."""
         self._policy.worth[admission.ids] = admission.worth
-        self._latest = _NONE
         self._token -= 1
+        self._turn_to(_NONE)
         for ids in kept:
             self._token += 1
-            self._policy.use(ids, self._token)
-            self._latest = ids
+            self._use(ids)
+
+    def _use(self, ids: Ids) -> None:
+        """The token at hand uses these."""
+        self._policy.use(ids, self._token)
+        self._turn_to(ids)
+
+    def _turn_to(self, ids: Ids) -> None:
+        """These are the neurons in use."""
+        self._pool.use(self._first + ids, self._first + self._latest)
+        self._latest = ids
 
     def _expire(self) -> None:
         expired = self._policy.expired(self._token)
         if expired is not None:
-            self._empty(self.slots_of(np.flatnonzero(expired & (self._slot_of >= 0))))
+            self._pool.vacate(self.slots_of(np.flatnonzero(expired & (self._slot_of >= 0))))
 
-    def _make_room(self, count: int, kept: Slots, spared: Slots = _NONE) -> Slots:
-        """Up to `count` empty slots: what is empty first, then what is worth least, last those
-        `spared`, and none of those `kept`."""
-        vacant = self._neuron_in < 0
-        vacant[self._expected[1]] = False
-        empty = np.flatnonzero(vacant)[:count]
-        wanted = count - empty.size
-        if not wanted:
-            return empty
-        free = self._neuron_in >= 0
-        free[kept] = False
-        candidates = np.flatnonzero(free)
-        if wanted < candidates.size:
-            late = np.zeros(self._neuron_in.size, dtype=np.bool_)
-            late[spared] = True
-            worth = np.where(late[candidates], np.inf, self._worth_in(candidates))
-            candidates = candidates[np.argpartition(worth, wanted)[:wanted]]
-        self._empty(candidates)
-        self.stats.evictions += candidates.size
-        return np.concatenate([empty, candidates])
+    def _make_room(self, count: int, kept: Slots) -> Slots:
+        """Up to `count` slots, none of those `kept`; what was in them gives way."""
+        room = self._pool.vacant(count)
+        if room.size < count:
+            rivals = self._pool.least(count - room.size, kept)
+            self.stats.evictions += rivals.size
+            room = np.concatenate([room, rivals])
+        self._pool.take(room)
+        return room
 
-    def _worth_in(self, slots: Slots) -> Worth:
-        """Of the neurons in these slots."""
-        return self._policy.worth[self._neuron_in[slots]]
 
-    def _empty(self, slots: Slots) -> None:
-        self._slot_of[self._neuron_in[slots]] = -1
-        self._neuron_in[slots] = -1
+def caches(
+    rows: NDArray[np.uint8], neurons: Sequence[int], new_policy: Callable[[Worth], Policy]
+) -> list[NeuronCache]:
+    """The caches of groups of so many `neurons` each, which share the slots `rows`, uint8 [slots,
+    stride]; `new_policy` makes a policy that keeps its worth in what it is given."""
+    pool = Pool(rows, sum(neurons))
+    starts = accumulate(neurons, initial=0)
+    return [
+        NeuronCache(pool, first, count, new_policy(pool.worth[first : first + count]))
+        for first, count in zip(starts, neurons, strict=False)
+    ]

@@ -1,7 +1,8 @@
 """Which bundle gives way when a slot is needed; a new policy is one class and one entry here.
 
-A policy gives every neuron a number, its worth, in the cache or not; of the neurons in the cache
-that the token at hand does not use, those worth least are evicted first.
+A policy gives every neuron of a group a number, its worth, in the cache or not; of the neurons in
+the cache that the latest tokens did not use, those worth least are evicted first, whatever group
+they belong to.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ Worth = NDArray[np.float64]
 
 
 class Policy(Protocol):
-    """Keeps `worth`, float64 [neurons], for one group; that of a neuron which no token has used is
-    minus infinity."""
+    """Keeps `worth`, float64 [neurons], for one group, in memory that it is given; that of a neuron
+    which no token has used is minus infinity."""
 
     name: ClassVar[str]
     worth: Worth
@@ -38,13 +39,18 @@ class Policy(Protocol):
         """Which neurons are to be let go though nobody needs their slots; None for none."""
 
 
+def unused(neurons: int) -> Worth:
+    """The worth of neurons that no token has used."""
+    return np.full(neurons, -np.inf)
+
+
 class Lru:
     """Least recently used: a window of as many tokens as there is room for."""
 
     name: ClassVar[str] = "lru"
 
-    def __init__(self, neurons: int) -> None:
-        self.worth = np.full(neurons, -np.inf)
+    def __init__(self, worth: Worth) -> None:
+        self.worth = worth
 
     def use(self, ids: Ids, token: int | Tokens) -> None:
         self.worth[ids] = token
@@ -59,8 +65,8 @@ class Window(Lru):
 
     name: ClassVar[str] = "window"
 
-    def __init__(self, neurons: int, length: int) -> None:
-        super().__init__(neurons)
+    def __init__(self, worth: Worth, length: int) -> None:
+        super().__init__(worth)
         if length < 1:
             raise UsageError("no window", field="window", expected="1 or more", found=length)
         self._length = length
@@ -77,8 +83,8 @@ class Lfu:
 
     name: ClassVar[str] = "lfu"
 
-    def __init__(self, neurons: int) -> None:
-        self.worth = np.full(neurons, -np.inf)
+    def __init__(self, worth: Worth) -> None:
+        self.worth = worth
 
     def use(self, ids: Ids, token: int | Tokens) -> None:
         self.worth[ids] = np.logaddexp(self.worth[ids], np.multiply(_FADING, token))

@@ -10,7 +10,7 @@ of every size at once, and the sizes of the windows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ _GROWTH = 0.576
 
 _MOST_WINDOW = 256  # tokens
 _SEED = 1
+_PIECES = 256  # that a group's curve is cut into
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,11 @@ class Reuse:
     held: Means
     misses: Means
 
-    def window(self, slots: int) -> int:
-        """How many tokens' active neurons so many slots hold."""
-        return int(np.searchsorted(self.held, slots, side="right")) - 1
-
 
 def observed(
     neurons: int, tokens: Iterable[NDArray[np.integer[Any]]], warm_up: int, policy: Policy
 ) -> Reuse:
-    """From each token's active neurons, in turn, with a new policy for so many neurons; the first
+    """From each token's active neurons, in turn, with a policy that is new; the first
     `warm_up` tokens only fill the cache. Neurons that no token used before are read whatever the
     size of the cache."""
     last = np.full(neurons, -1, dtype=np.int64)
@@ -79,6 +76,41 @@ def observed(
         policy.use(ids, token)
     counted = max(counted, 1)
     return Reuse(active / counted, held / counted, (active - np.cumsum(distances)[:-1]) / counted)
+
+
+def window(reuse: Iterable[Reuse], slots: int) -> int:
+    """How many tokens' active neurons, of all groups, so many slots hold."""
+    held = sum((found.held for found in reuse), np.zeros(_MOST_WINDOW + 1))
+    return int(np.searchsorted(held, slots, side="right")) - 1
+
+
+def shared(reuse: Sequence[Reuse], slots: int) -> list[int]:
+    """How many of the slots that groups share each of them has, if every slot goes where it spares
+    most misses: nearly what a cache comes to that evicts what is worth least."""
+    gains, sizes, groups = [], [], []
+    for index, found in enumerate(reuse):
+        places = np.unique(np.linspace(0, found.misses.size - 1, _PIECES + 1).astype(np.int64))
+        size = np.diff(places).astype(np.float64)
+        gains.append(_falling(-np.diff(found.misses[places]) / size, size))
+        sizes.append(size)
+        groups.append(np.full(size.size, index))
+    order = np.argsort(-np.concatenate(gains), kind="stable")
+    size = np.concatenate(sizes)[order]
+    given = np.clip(slots - (np.cumsum(size) - size), 0, size)
+    counts = np.bincount(np.concatenate(groups)[order], weights=given, minlength=len(reuse))
+    return [int(count) for count in counts]
+
+
+def _falling(gains: Means, sizes: Means) -> Means:
+    """Gains per slot, piece by piece, each no more than the one before it: pieces that gain more
+    than those before them are taken together with them (pool adjacent violators)."""
+    pools: list[tuple[float, float, int]] = []  # gain of all, slots, pieces
+    for gain, size in zip(gains * sizes, sizes, strict=True):
+        pools.append((gain, size, 1))
+        while len(pools) > 1 and pools[-1][0] * pools[-2][1] > pools[-2][0] * pools[-1][1]:
+            last, before = pools.pop(), pools.pop()
+            pools.append((last[0] + before[0], last[1] + before[1], last[2] + before[2]))
+    return np.repeat([gain / size for gain, size, _ in pools], [count for *_, count in pools])
 
 
 def assumed(neurons: int, share: float) -> Reuse:

@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass
 
 from bundlefmt.errors import BundleError, naming
 from bundlefmt.file import BundleFile
-from bundlefmt.flash import profiles
+from bundlefmt.flash import profiles, reuse
 from bundlefmt.flash.budget import Budget
 from bundlefmt.flash.costmodel import DeviceProfile
-from bundlefmt.flash.reuse import Reuse
 from bundlefmt.planning import advice
 from bundlefmt.planning.activity import TRACED_MODES, Activity, activity
 from bundlefmt.planning.advice import Advice
@@ -37,8 +36,8 @@ class PlannedStage:
 @dataclass(frozen=True)
 class Plan:
     """How the memory is divided, in bytes, and what a token is expected to take once the cache is
-    full. `streamed` are the layers whose attention finds no room, `windows` how many tokens' active
-    neurons the cache holds, by layer; `activity` is `every`, `traced` or `assumed`, and
+    full. `streamed` are the layers whose attention finds no room, `window` how many tokens' active
+    neurons the cache holds; `activity` is `every`, `traced` or `assumed`, and
     `activity_from` what it was taken from. Milliseconds are None where `untimed` says why."""
 
     path: str
@@ -49,7 +48,7 @@ class Plan:
     ffn_bytes: int
     cached_share: float
     streamed: list[int]
-    windows: list[int]
+    window: int
     activity: str
     activity_from: str
     active_share: float
@@ -101,7 +100,7 @@ def plan(
             split=_split(budget),
             ffn_bytes=whole,
             cached_share=budget.cache / whole,
-            windows=list(map(Reuse.window, found.groups, budget.slots)),
+            window=reuse.window(found.groups, sum(budget.slots)),
             activity=found.origin,
             activity_from=found.remark,
             active_share=sum(group.active for group in found.groups) / neurons,

@@ -14,7 +14,7 @@ from bundlefmt import kernels
 from bundlefmt.errors import UsageError
 from bundlefmt.file import BundleFile
 from bundlefmt.flash import predictor, reuse
-from bundlefmt.flash.policies import Lfu
+from bundlefmt.flash.policies import Lfu, unused
 from bundlefmt.flash.reuse import Reuse
 from bundlefmt.flash.traces import LayerTrace, Trace
 from bundlefmt.layout.header import Group
@@ -75,7 +75,7 @@ def _traced(file: BundleFile, selecting: Selecting, trace: Trace, progress: Prog
         progress(index, len(traced))
         layer = trace.layer(index)
         tokens = _active(layer) if selecting.mode == "exact" else _predicted(file, group, layer)
-        policy = Lfu(group.neurons)  # what a cache is given where nobody says
+        policy = Lfu(unused(group.neurons))  # what a cache is given where nobody says
         found.append(reuse.observed(group.neurons, islice(tokens, count), count // 2, policy))
     return Activity(found, "traced", f"{count:,} tokens of {trace.path}, the latter half counted")
 

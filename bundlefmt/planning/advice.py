@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bundlefmt.file import BundleFile
+from bundlefmt.flash import reuse
 from bundlefmt.flash.budget import Budget
 from bundlefmt.flash.reuse import Reuse
 from bundlefmt.kernels import SPARSE_ACTIVATIONS
@@ -34,18 +34,16 @@ class Advice:
 
 
 def memory(
-    groups: Sequence[Group], budget: Budget, reuse: Sequence[Reuse], costs: Costs
+    groups: Sequence[Group], budget: Budget, used: Sequence[Reuse], costs: Costs
 ) -> Iterator[Advice]:
     """How much would afford the next longer window."""
     if _holds_all(groups, budget):
         return
     whole = sum(group.bundles.length for group in groups)
-    now = statistics.median(map(Reuse.window, reuse, budget.slots))
+    neurons = sum(group.neurons for group in groups)
+    now = reuse.window(used, sum(budget.slots))
     for window in _WINDOWS:
-        share = statistics.median(
-            float(found.held[window]) / group.neurons
-            for found, group in zip(reuse, groups, strict=True)
-        )
+        share = sum(float(found.held[window]) for found in used) / neurons
         if window > now and budget.cache < share * whole < whole:
             break
     else:

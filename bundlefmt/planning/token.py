@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bundlefmt.file import BundleFile
-from bundlefmt.flash import predictor
+from bundlefmt.flash import predictor, reuse
 from bundlefmt.flash.costmodel import Batch, DeviceProfile
 from bundlefmt.flash.reuse import Reuse
 from bundlefmt.layout.header import Group
@@ -72,7 +72,7 @@ class Token:
 
 
 class Costs:
-    """What tokens of one model cost in one mode, when neurons are used as `reuse` says of each
+    """What tokens of one model cost in one mode, when neurons are used as `used` says of each
     group."""
 
     def __init__(
@@ -80,10 +80,10 @@ class Costs:
         file: BundleFile,
         config: DecoderConfig,
         selecting: Selecting,
-        reuse: Sequence[Reuse],
+        used: Sequence[Reuse],
     ) -> None:
         self._groups = file.groups
-        self._reuse = reuse
+        self._reuse = used
         self._dense = selecting.mode == "dense"
         self._resident = _resident_bytes(file, config)
         self._choosing = _choosing_bytes(file, selecting)
@@ -96,17 +96,18 @@ class Costs:
     def token(
         self, slots: Sequence[int], streamed: Sequence[int] = (), scale: float = 1.0
     ) -> Token:
-        """With a neuron cache of so many slots in each group, layers whose attention is `streamed`,
-        and neurons of `scale` times the bytes that they have."""
+        """With a neuron cache to which each group adds so many slots (those of one stride share
+        them), layers whose attention is `streamed`, and neurons of `scale` times the bytes that
+        they have."""
         batches: list[Batch] = []
         active = missing = computed = 0.0
-        rows = zip(self._groups, self._reuse, self._known, slots, strict=True)
-        for group, reuse, known, count in rows:
-            misses = float(reuse.misses[min(count, group.neurons)])
+        rows = zip(self._groups, self._reuse, self._known, self._by_use(slots), strict=True)
+        for group, used, known, count in rows:
+            misses = float(used.misses[min(count, group.neurons)])
             batches.append(self._batch(group, misses, (group.stride - known) * scale))
-            active += reuse.active
+            active += used.active
             missing += misses
-            computed += reuse.active * (group.used - known) * scale
+            computed += used.active * (group.used - known) * scale
         stages = {
             STREAMING: float(sum(self._attention[layer] for layer in streamed)),
             ATTENTION: float(self._resident),
@@ -115,6 +116,17 @@ class Costs:
             COMPUTING: computed,
         }
         return Token(stages, batches, self._dense, 1 - missing / active if active else 0.0)
+
+    def _by_use(self, slots: Sequence[int]) -> list[int]:
+        """The slots as the groups come to have them."""
+        found = list(slots)
+        for stride in {group.stride for group in self._groups}:
+            alike = [index for index, group in enumerate(self._groups) if group.stride == stride]
+            used = [self._reuse[index] for index in alike]
+            counts = reuse.shared(used, sum(slots[index] for index in alike))
+            for index, count in zip(alike, counts, strict=True):
+                found[index] = count
+        return found
 
     def _batch(self, group: Group, misses: float, each: float) -> Batch:
         """Of neurons that lie anywhere: n of N make n (N - n + 1) / N runs, on average. All of

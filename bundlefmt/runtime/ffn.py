@@ -95,10 +95,9 @@ class FfnLayer:
         self._gated = self._selector.name == "gate"
         self._known: NDArray[np.uint8] | None = None  # first bytes of every bundle, if in DRAM
         self._select = self._selection(file, selecting, norm)
-        self._slot_biases = {
-            name: np.zeros(0 if cache is None else cache.rows.shape[0], dtype=np.float32)
-            for name in self._neuron_biases
-        }
+        self._slot_biases = (
+            {} if cache is None else {name: cache.beside(name) for name in self._neuron_biases}
+        )
 
     def __call__(self, x: Floats) -> Floats:
         """x [tokens, d_model] -> float32 [tokens, d_model]."""
@@ -135,10 +134,10 @@ class FfnLayer:
         cache = self.cache
         if x.shape[0] == 1:
             self._ahead.learn(selected.ids)
+        _ended(self._late)  # an error may have left them
         admission = cache.admit(selected.ids)
         if x.shape[0] > 1:
             self._last = x.shape[0], selected, admission
-        _ended(self._late)  # an error may have left them
         missing = selected.ids[admission.missing]
         self._late = pending = self._submit(missing, cache.rows, admission.missing_slots)
         self._clock.lap("manage", self.group.layer)

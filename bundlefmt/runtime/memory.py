@@ -13,8 +13,8 @@ from bundlefmt.errors import UsageError
 from bundlefmt.file import BundleFile
 from bundlefmt.flash import predictor
 from bundlefmt.flash.budget import Budget, Needs, divide, left_of
-from bundlefmt.flash.cache import NeuronCache
-from bundlefmt.flash.policies import Lfu, Lru, Policy, Window
+from bundlefmt.flash.cache import NeuronCache, caches
+from bundlefmt.flash.policies import Lfu, Lru, Policy, Window, Worth
 from bundlefmt.layout.header import Group
 from bundlefmt.runtime.config import DecoderConfig
 from bundlefmt.runtime.rotation import room_for
@@ -28,7 +28,7 @@ POLICIES = ("lfu", "lru", "window", "none")
 
 _FEWEST_STREAMED = 3  # layers: with two pieces of memory for them, fewer spare nothing
 _LEAST_CACHE = 0.05  # of all bundles: a smaller cache costs more reads than streaming saves memory
-_TABLE_BYTES = 40  # per neuron: its checksum, its places in file and cache, its bias, its worth
+_TABLE_BYTES = 48  # per neuron: its checksum, its places in file and cache, its bias, its worth
 _TOKENS = 2048  # of the longest text, where neither the caller nor the model says
 
 
@@ -68,11 +68,11 @@ class Caching:
         """How to read: the operating system can keep only what goes through its cache."""
         return "buffered" if self.policy == "none" and wanted == "auto" else wanted
 
-    def new_policy(self, neurons: int) -> Policy:
-        """The policy of one group's cache."""
+    def new_policy(self, worth: Worth) -> Policy:
+        """The policy of one group's cache, which keeps its worth there."""
         if self.window is not None:
-            return Window(neurons, self.window)
-        return Lfu(neurons) if self.policy == "lfu" else Lru(neurons)
+            return Window(worth, self.window)
+        return Lfu(worth) if self.policy == "lfu" else Lru(worth)
 
 
 class Caches(NamedTuple):
@@ -150,15 +150,17 @@ def needs(file: BundleFile, config: DecoderConfig, selecting: Selecting, tokens:
 
 
 def make_caches(budget: Budget, groups: Sequence[Group], caching: Caching) -> Caches:
-    """The caches that a budget affords. They are pieces of one memory, which a reader can
-    register."""
+    """The caches that a budget affords; groups whose bundles have one stride share their slots.
+    They are pieces of one memory, which a reader can register."""
     memory = aligned_empty(budget.cache)
-    caches: list[NeuronCache | None] = []
+    made: dict[int, NeuronCache] = {}
     start = 0
-    for group, slots in zip(groups, budget.slots, strict=True):
-        end = start + slots * group.stride
-        rows = memory[start:end].reshape(slots, group.stride)
-        policy = caching.new_policy(group.neurons)
-        caches.append(NeuronCache(group.neurons, rows, policy) if slots else None)
-        start = end
-    return Caches(caches, memory)
+    for stride in sorted({group.stride for group in groups}):
+        alike = [index for index, group in enumerate(groups) if group.stride == stride]
+        slots = sum(budget.slots[index] for index in alike)
+        rows = memory[start : start + slots * stride].reshape(slots, stride)
+        start += slots * stride
+        if slots:
+            neurons = [groups[index].neurons for index in alike]
+            made |= zip(alike, caches(rows, neurons, caching.new_policy), strict=True)
+    return Caches([made.get(index) for index in range(len(groups))], memory)

@@ -1,0 +1,128 @@
+"""The slots of the neuron cache, which the groups share: a layer whose tokens need many neurons
+has many.
+
+Strategy: of all groups' neurons those worth least give way first, but those that the groups' latest
+tokens used last of all. The next tokens often use them again, and each group says so only when its
+turn comes; without this, sharing costs more than it gains. To find what is worth least takes a pass
+over all slots, so one pass queues enough for some layers, and who was used since is left out.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bundlefmt.flash.policies import Worth, unused
+from bundlefmt.kernels import Floats
+
+_QUEUED = 64  # one slot in so many; with longer queues more is overlooked that is worth less
+_FORESIGHT = 4  # queues
+_MOST = float(np.finfo(np.float64).max)  # that a neuron is worth
+
+Neurons = NDArray[np.int64]  # of all groups, one after the other
+Slots = NDArray[np.int64]
+
+_NONE: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+
+class Pool:
+    """`rows`, uint8 [slots, stride], is the memory for bundles of so many `neurons` in all. Tables
+    by neuron: `slot_of`, -1 for one that is in no slot, and `worth`, as a policy keeps it (`weigh`
+    is to be told of changes)."""
+
+    def __init__(self, rows: NDArray[np.uint8], neurons: int) -> None:
+        slots = rows.shape[0]
+        self.rows = rows
+        self.slot_of = np.full(neurons, -1, dtype=np.int32)
+        self.worth = unused(neurons)
+        self._in_use = np.zeros(neurons, dtype=np.bool_)
+        self._neuron_in = np.full(slots, -1, dtype=np.int32)
+        self._vacant = np.ones(slots, dtype=np.bool_)
+        # What slots are worth, infinity for those without a neuron or with one in use; and those
+        # that are to give way next, with their worth when they were queued.
+        self._price = np.full(slots, np.inf)
+        self._queue = _NONE
+        self._queued = np.empty(0)
+        self._limit = -_MOST
+        self._beside: dict[str, Floats] = {}
+
+    def beside(self, name: str) -> Floats:
+        """Float32 [slots] of that name, for numbers that belong to the bundles."""
+        return self._beside.setdefault(name, np.zeros(self.rows.shape[0], dtype=np.float32))
+
+    def vacant(self, count: int) -> Slots:
+        """Up to `count` vacant slots."""
+        return np.flatnonzero(self._vacant)[:count]
+
+    def least(self, count: int, kept: Slots) -> Slots:
+        """Up to `count` slots with neurons in them, in the order in which they give way; none of
+        those `kept`."""
+        keep = np.zeros(self.rows.shape[0], dtype=np.bool_)
+        keep[kept] = True
+        found = self._from_queue(count, keep)
+        if found.size < count:
+            self._fill_queue(max(count + kept.size, self.rows.shape[0] // _QUEUED))
+            found = self._from_queue(count, keep)
+        if found.size < count:
+            keep[found] = True
+            others = np.flatnonzero((self._neuron_in >= 0) & ~keep)
+            order = np.argsort(self.worth_in(others), kind="stable")
+            found = np.concatenate([found, others[order][: count - found.size]])
+        return found
+
+    def take(self, slots: Slots) -> None:
+        """Whatever is in these slots is there no more, and they are not vacant: someone is going to
+        fill them."""
+        gone = self._neuron_in[slots]
+        self.slot_of[gone[gone >= 0]] = -1
+        self._neuron_in[slots] = -1
+        self._price[slots] = np.inf
+        self._vacant[slots] = False
+
+    def vacate(self, slots: Slots) -> None:
+        """Nobody is going to fill these slots, or needs what is in them."""
+        self.take(slots)
+        self._vacant[slots] = True
+
+    def hold(self, neurons: Neurons, slots: Slots) -> None:
+        """The neurons are in these slots, which were taken."""
+        self.slot_of[neurons] = slots
+        self._neuron_in[slots] = neurons
+        self.weigh(neurons)
+
+    def use(self, neurons: Neurons, before: Neurons) -> None:
+        """A group's latest token uses these neurons, the one before it those."""
+        self._in_use[before] = False
+        self._in_use[neurons] = True
+        self.weigh(before)
+        self.weigh(neurons)
+
+    def weigh(self, neurons: Neurons) -> None:
+        """The worth of these neurons has changed."""
+        slots = self.slot_of[neurons]
+        held = slots >= 0
+        neurons, slots = neurons[held], slots[held]
+        self._price[slots] = np.where(self._in_use[neurons], np.inf, self.worth[neurons])
+
+    def worth_in(self, slots: Slots) -> Worth:
+        """Of the neurons in these slots."""
+        return self.worth[self._neuron_in[slots]]
+
+    def _from_queue(self, count: int, keep: NDArray[np.bool_]) -> Slots:
+        """The first `count` that are still worth what they were, and may go."""
+        same = self._price[self._queue] == self._queued
+        self._queue, self._queued = self._queue[same], self._queued[same]
+        return self._queue[~keep[self._queue]][:count]
+
+    def _fill_queue(self, count: int) -> None:
+        """Queue the `count` that are worth least. A pass that had to sort by worth finds a few
+        times as many, below a limit that the passes after it can make do with."""
+        slots = np.flatnonzero(self._price <= self._limit)
+        if slots.size < count:
+            slots = np.flatnonzero(self._price <= _MOST)
+            price, many = self._price[slots], _FORESIGHT * count
+            self._limit = float(np.partition(price, many)[many]) if many < price.size else _MOST
+            slots = slots[price <= self._limit]
+        price = self._price[slots]
+        order = np.argsort(price, kind="stable")[:count]
+        self._queue, self._queued = slots[order], price[order]
