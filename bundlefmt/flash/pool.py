@@ -66,7 +66,7 @@ class Pool:
         if found.size < count:
             keep[found] = True
             others = np.flatnonzero((self._neuron_in >= 0) & ~keep)
-            order = np.argsort(self.worth_in(others), kind="stable")
+            order = np.argsort(self.worth_in(others))
             found = np.concatenate([found, others[order][: count - found.size]])
         return found
 
@@ -123,6 +123,8 @@ class Pool:
             price, many = self._price[slots], _FORESIGHT * count
             self._limit = float(np.partition(price, many)[many]) if many < price.size else _MOST
             slots = slots[price <= self._limit]
+        if count < slots.size:  # many may be worth the same
+            slots = slots[np.argpartition(self._price[slots], count)[:count]]
         price = self._price[slots]
-        order = np.argsort(price, kind="stable")[:count]
+        order = np.argsort(price)
         self._queue, self._queued = slots[order], price[order]
