@@ -61,7 +61,7 @@ class Pool:
         keep[kept] = True
         found = self._from_queue(count, keep)
         if found.size < count:
-            self._fill_queue(max(count + kept.size, self.rows.shape[0] // _QUEUED))
+            self._fill_queue(max(count, self.rows.shape[0] // _QUEUED), keep)
             found = self._from_queue(count, keep)
         if found.size < count:
             keep[found] = True
@@ -114,12 +114,12 @@ class Pool:
         self._queue, self._queued = self._queue[same], self._queued[same]
         return self._queue[~keep[self._queue]][:count]
 
-    def _fill_queue(self, count: int) -> None:
-        """Queue the `count` that are worth least. A pass that had to sort by worth finds a few
-        times as many, below a limit that the passes after it can make do with."""
-        slots = np.flatnonzero(self._price <= self._limit)
+    def _fill_queue(self, count: int, keep: NDArray[np.bool_]) -> None:
+        """Queue the `count` that are worth least and may go. A pass that had to sort all by worth
+        finds a few times as many, below a limit that the passes after it can make do with."""
+        slots = np.flatnonzero((self._price <= self._limit) & ~keep)
         if slots.size < count:
-            slots = np.flatnonzero(self._price <= _MOST)
+            slots = np.flatnonzero((self._price <= _MOST) & ~keep)
             price, many = self._price[slots], _FORESIGHT * count
             self._limit = float(np.partition(price, many)[many]) if many < price.size else _MOST
             slots = slots[price <= self._limit]
