@@ -22,6 +22,7 @@ from bundlefmt.flash.costmodel import VERSION, DeviceProfile, SizeCost
 from bundlefmt.flash.traces import Trace
 from bundlefmt.layout.header import Predictor
 from bundlefmt.planning import Plan
+from bundlefmt.reader import ReadStats
 from bundlefmt.runtime import memory as memory_of
 from bundlefmt.runtime.text import Tokenizer
 from bundlefmt.storage.device import device_identity
@@ -65,6 +66,26 @@ def least_of(refusal: UsageError) -> int:
     """The smallest limit that works, as the refusal of a smaller one names it."""
     (found,) = re.findall(r"at least (\d+) bytes", str(refusal))
     return int(found)
+
+
+def test_a_model_on_a_calibrated_device_reads_small_gaps_along(
+    demo_bundle: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copy(demo_bundle, tmp_path))
+
+    def reads() -> ReadStats:
+        with bundlefmt.load_model(path, mode="exact") as model:
+            before = replace(model.reader.stats)
+            model.logits([1])
+            return model.reader.stats.since(before)
+
+    apart = reads()
+    profile = calibrated(path)
+    with bundlefmt.open(path) as file:
+        assert profile.break_even_gap(file.groups[0].stride) > 4096
+    together = reads()
+    assert together.requests < apart.requests
+    assert apart.bytes_read < together.bytes_read <= apart.bytes_read + 4096 * apart.requests
 
 
 @pytest.mark.parametrize("mode", ["dense", "exact", "topk"])

@@ -29,6 +29,7 @@ from bundlefmt.runtime.speculative import DRAFT_TOKENS, Draft, DraftStats
 from bundlefmt.runtime.streamer import Streamer
 from bundlefmt.runtime.weights import attention_matrices
 from bundlefmt.storage.backends import DEFAULT_QUEUE_DEPTH, DEFAULT_THREADS
+from bundlefmt.storage.buffers import PAGE
 
 _STREAMING = 8  # reads in flight, of a megabyte each: enough, and they leave room for neurons
 
@@ -286,15 +287,17 @@ def load_model(
 
 
 def _paying_gap(file: BundleFile) -> int:
-    """Up to how many bytes between two bundles it pays to read along; 0 on a device that nobody
-    has measured, or whose profile cannot be used."""
+    """Up to how many bytes between two bundles it pays to read along, but no more than a bundle or
+    a page has, so that most of what is read was asked for; 0 on a device that nobody has measured,
+    or whose profile cannot be used."""
     try:
         profile = profiles.load(file.path)
     except BundleError:
         return 0
     if profile is None or not file.groups:
         return 0
-    return profile.break_even_gap(max(group.stride for group in file.groups))
+    stride = max(group.stride for group in file.groups)
+    return min(profile.break_even_gap(stride), max(stride, PAGE))
 
 
 def _eos(file: BundleFile) -> frozenset[int]:
