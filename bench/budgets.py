@@ -29,7 +29,6 @@ from bundlefmt.errors import BundleError
 from bundlefmt.runtime.memory import POLICIES
 from bundlefmt.storage.device import available_memory
 
-BEST = "overlap"
 SHARES = tuple(range(20, 101, 10))  # of the file, percent
 
 
@@ -63,7 +62,7 @@ def main() -> int:
     add_arguments(parser)
     parser.add_argument("--shares", type=int, nargs="+", default=SHARES, help="budgets, percent")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=["lfu"])
-    parser.add_argument("--step", choices=tables.TITLES, default=BEST, help="how it is run")
+    parser.add_argument("--step", choices=tables.TITLES, default=tables.BEST, help="how it is run")
     parser.add_argument("--tokens", type=int, default=20, help="measured of each")
     parser.add_argument("--heading", default="tokens per second against memory", help="in results")
     args = parser.parse_args()

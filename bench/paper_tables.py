@@ -50,6 +50,7 @@ def main() -> int:
     parser.add_argument("--slow-tokens", type=int, default=3, help="measured of each slow step")
     parser.add_argument("--recall", type=float, default=0.75, help="of the early guesses")
     parser.add_argument("--wrong", type=float, default=0.05, help="share of the early guesses")
+    parser.add_argument("--timeline", type=Path, help="SVG to draw a token of the last step in")
     args = parser.parse_args()
     try:
         with MemoryGroup(1 << 30):  # says at once where no limit can be set
@@ -76,14 +77,18 @@ def publish(
     draw: Callable[[Path], None],
     heading: str,
 ) -> None:
-    """Print the section, and write what was asked for."""
+    """Print the section, and write what was asked for; pictures beside the results are shown
+    there."""
     print(text)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
     if args.plot:
         draw(args.plot)
     if args.write_results:
-        tables.write_section(RESULTS, f"{args.model}: {heading}", text)
+        pictures = [args.plot, getattr(args, "timeline", None)]
+        beside = [path for path in pictures if path and path.resolve().parent == RESULTS.parent]
+        shown = "".join(f"\n\n![{heading}]({path.name})" for path in beside)
+        tables.write_section(RESULTS, f"{args.model}: {heading}", text + shown)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -165,7 +170,8 @@ def rows(args: argparse.Namespace, settings: Settings) -> Iterator[Row]:
         if reason is not None:
             yield Row(step, settings.limit, 0, 0, None, None, note=f"left out: {reason}")
             continue
-        said = msgspec.structs.replace(settings, step=step, tokens=tokens)
+        drawn = str(args.timeline.resolve()) if args.timeline and step == tables.BEST else None
+        said = msgspec.structs.replace(settings, step=step, tokens=tokens, timeline=drawn)
         row = run(said, args.seconds)
         say(f"  {row.note or ''} {tables.milliseconds(row.seconds)} ms per token")
         yield row

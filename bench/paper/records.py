@@ -10,9 +10,10 @@ import msgspec
 class Settings(msgspec.Struct, frozen=True):
     """What a step runs with: the table's name for it; the bundle file and its checkpoint's folder;
     one of PAPER; bytes of memory; tokens counted, and of the prompt before them; what gives way in
-    the neuron cache (with policy window: after the paper's number of tokens). Early guesses are
-    about as good as those on a small trained OPT, layer 0 aside: 0.6 to 0.95 of the neurons that
-    the last tokens did not use were found, and 0.1 to 0.25 of those guessed were wrong."""
+    the neuron cache (with policy window: after the paper's number of tokens); a file to draw the
+    last token in. Early guesses are about as good as those on a small trained OPT, layer 0 aside:
+    0.6 to 0.95 of the neurons that the last tokens did not use were found, and 0.1 to 0.25 of those
+    guessed were wrong."""
 
     step: str
     bundle: str
@@ -22,6 +23,7 @@ class Settings(msgspec.Struct, frozen=True):
     tokens: int
     prompt_tokens: int
     policy: str = "lfu"
+    timeline: str | None = None
     seed: int = 0
     recall: float = 0.75
     wrong: float = 0.05

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -27,6 +28,7 @@ from bench.paper.unbundled import unbundle
 from bundlefmt.file import BundleFile
 from bundlefmt.runtime.decoder import Decoder
 from bundlefmt.runtime.generate import Model, load_model
+from bundlefmt.runtime.timeline import drawing
 from bundlefmt.runtime.weights import attention_matrices
 
 _FIRST = 3  # tokens of a replay that are not counted: memory is touched, the cache settles
@@ -98,6 +100,9 @@ def sparse_step(settings: Settings) -> Iterator[Token | Caching]:
             yield caching(model)
         model.decoder.select_by(lambda group, selection: replays[group.layer])
         yield from _timed(model, steps)
+        if settings.timeline is not None:
+            title = f"A token of {settings.model}'s shape, {settings.limit / 1e9:.2f} GB of memory"
+            Path(settings.timeline).write_text(drawing(model.clock.spans or [], title))
 
 
 def caching(model: Model) -> Caching:
@@ -127,6 +132,7 @@ def _timed(model: Model, tokens: Iterator[None]) -> Iterator[Token]:
     streamed = _streamed_bytes(model)
     for number in range(sys.maxsize):
         before, stages = replace(model.reader.stats), dict(model.clock.seconds)
+        model.clock.keep_spans()
         start = time.perf_counter()
         if next(tokens, tokens) is tokens:
             return

@@ -24,6 +24,7 @@ TITLES = {
     "bundling": "+ bundling",
     "overlap": "+ overlap",
 }
+BEST = "overlap"
 
 
 @dataclass(frozen=True)
