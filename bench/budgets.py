@@ -29,13 +29,14 @@ from bundlefmt.errors import BundleError
 from bundlefmt.runtime.memory import POLICIES
 from bundlefmt.storage.device import available_memory
 
+PLANNED = "lfu"  # the policy that the planner counts by
 SHARES = tuple(range(20, 101, 10))  # of the file, percent
 
 
 @dataclass(frozen=True)
 class Run:
     """One budget: a `share` of the file's bytes (None: no limit, everything in memory), and what
-    was planned for it (None where nothing is read or nothing ran)."""
+    was planned for it (None for what the planner does not know)."""
 
     share: float | None
     policy: str
@@ -94,7 +95,7 @@ def measure(args: argparse.Namespace) -> Report:
         limit = available_memory() if share is None else int(size * share)
         row = run(msgspec.structs.replace(settings, limit=limit, policy=policy), args.seconds)
         planned = None
-        if share is not None and row.caching is not None and policy != "none":
+        if share is not None and row.caching is not None and policy == PLANNED:
             planned = planner.reads(row.caching)
         found = Run(share, policy, row, planned)
         say(f"{_name(found)}, {policy}: {rate(row)} tokens/s {row.note or ''}")
@@ -106,7 +107,7 @@ def measure(args: argparse.Namespace) -> Report:
         step=args.step,
         file_bytes=size,
         runs=[one(share, policy) for share in shares for policy in args.policies]
-        + [one(None, "lfu")],
+        + [one(None, PLANNED)],
         machine=facts(bundle),
         date=today(),
         commit=commit(),
@@ -138,7 +139,7 @@ def markdown(report: Report) -> str:
         for each in report.runs
     ]
     columns = ["memory / file", "policy", "limit GB", "DRAM GB", "cache / FFN"]
-    columns += ["read GB per token", "planned", "I/O ms", "planned"]
+    columns += ["read GB per token", "planned GB", "I/O ms", "planned ms"]
     columns += ["ms per token", "tokens/s", "note"]
     return (
         f"{report.date}, commit {report.commit}. {report.machine['cpu']}, "

@@ -21,7 +21,7 @@ from bundlefmt.flash.budget import Needs, divide
 from bundlefmt.flash.readahead import MOST_WASTED
 from bundlefmt.layout.header import Predictor
 from bundlefmt.runtime.generate import Model
-from bundlefmt.runtime.memory import POLICIES
+from bundlefmt.runtime.memory import POLICIES, Caching, make_caches
 from tests.conftest import FIXTURES, without_sanitizers
 
 PLENTY = 1 << 40
@@ -133,15 +133,17 @@ def test_what_is_read_ahead_is_mostly_used(demo_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("prompt", [PROMPT[:1], PROMPT, PROMPT * 4], ids=len)
 def test_after_a_read_that_failed_the_model_goes_on(
-    demo_bundle: Path, tmp_path: Path, ahead: bool
+    demo_bundle: Path, tmp_path: Path, ahead: bool, prompt: list[int]
 ) -> None:
-    """Whether the read was begun ahead or not: once its file is whole again, so is the text."""
+    """Whether the read was begun ahead or not, and whatever pass comes next: once the file is whole
+    again, so is the text."""
     path = Path(shutil.copy(demo_bundle, tmp_path))
     whole = path.read_bytes()
     memory = least_memory(path, mode="predict", tokens=64) + (1 << 20)
     with cached(path, memory, mode="predict", ahead=ahead) as model:
-        expected = model.generate(PROMPT, 24)
+        expected = model.generate(prompt, 24)
         (last,) = (cache for cache in model.caches[-1:] if cache)
         assert (last.stats.ahead > 0) == ahead
         tokens = model.tokens([9, 8, 7], 24)
@@ -153,7 +155,7 @@ def test_after_a_read_that_failed_the_model_goes_on(
         with pytest.raises(FormatError, match="bundle damaged"):
             list(tokens)
         path.write_bytes(whole)
-        assert model.generate(PROMPT, 24) == expected
+        assert model.generate(prompt, 24) == expected
 
 
 def test_a_limit_with_no_room_for_a_cache_still_computes(demo_bundle: Path) -> None:
@@ -318,6 +320,24 @@ def test_what_is_left_of_a_limit_goes_to_the_groups_by_their_bytes(demo_bundle: 
         assert budget.needs.total + budget.slack + budget.cache <= budget.limit
         for slots, group in zip(budget.slots, groups, strict=True):
             assert abs(slots - group.neurons * min(left / all_bytes, 1)) <= 1
+
+
+def test_groups_of_one_stride_share_their_slots(demo_bundle: Path) -> None:
+    with bundlefmt.open(demo_bundle) as file:
+        groups = list(file.groups)
+    groups[1] = msgspec.structs.replace(groups[1], stride=2 * groups[1].stride)
+    budget = divide(1 << 30, Needs(0, 0, 0, 0, 0), groups)
+    found = make_caches(budget, groups, Caching(1 << 30))
+    for cache, group in zip(found.groups, groups, strict=True):
+        assert cache is not None
+        assert cache.rows.shape[1] == group.stride
+        alike = [
+            slots for slots, g in zip(budget.slots, groups, strict=True) if g.stride == group.stride
+        ]
+        assert cache.rows.shape[0] == sum(alike)
+    first, other = found.groups[0], found.groups[1]
+    assert first is not None and other is not None
+    assert not np.shares_memory(first.rows, other.rows)
 
 
 @without_sanitizers("they keep memory of their own")

@@ -3,13 +3,11 @@ product with a random predictor of the paper's rank, whose cost and memory are t
 
 from __future__ import annotations
 
-from collections import deque
-
 import numpy as np
 from numpy.typing import NDArray
 
 from bench.paper.figures import PaperModel
-from bench.paper.traces import Trace
+from bench.paper.traces import HISTORY, Trace
 from bundlefmt.flash.predictor import Predictor
 from bundlefmt.kernels import Floats
 from bundlefmt.layout.header import Group
@@ -68,20 +66,16 @@ def fill_caches(model: Model, trace: Trace) -> None:
     """Bring the neuron caches, or the page cache where there are none, into the state in which the
     trace's history leaves them. The neurons' biases are left at zero: they cost as much."""
     layers = list(zip(model.file.groups, model.caches, strict=True))
-    for group, cache in layers:
-        if cache is not None:
-            for ids in trace.history(group.layer):
+    histories = [trace.history(group.layer) for group, _ in layers]
+    for token, used in enumerate(zip(*histories, strict=True)):
+        for (group, cache), ids in zip(layers, used, strict=True):
+            if cache is not None:
                 admission = cache.admit(ids)
                 cache.commit(ids[admission.missing], admission.missing_slots)
+            elif token >= HISTORY - _READ:
+                model.reader.read(group.layer, ids)
+    for group, cache in layers:
+        if cache is not None:
             held = cache.neurons
-            reads = model.reader.submit(
-                group.layer, held, out=cache.rows, rows=cache.slots_of(held)
-            )
-            reads.result()
-    last = [
-        deque(trace.history(group.layer), _READ) if cache is None else () for group, cache in layers
-    ]
-    for token in range(_READ):
-        for (group, _), tokens in zip(layers, last, strict=True):
-            if tokens:
-                model.reader.read(group.layer, tokens[token])
+            slots = cache.slots_of(held)
+            model.reader.submit(group.layer, held, out=cache.rows, rows=slots).result()

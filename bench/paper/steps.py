@@ -99,10 +99,12 @@ def sparse_step(settings: Settings) -> Iterator[Token | Caching]:
             fill_caches(model, trace)
             yield caching(model)
         model.decoder.select_by(lambda group, selection: replays[group.layer])
-        yield from _timed(model, steps)
+        for token in _timed(model, steps):
+            spans = model.clock.spans or []
+            yield token
         if settings.timeline is not None:
             title = f"A token of {settings.model}'s shape, {settings.limit / 1e9:.2f} GB of memory"
-            Path(settings.timeline).write_text(drawing(model.clock.spans or [], title))
+            Path(settings.timeline).write_text(drawing(spans, title))
 
 
 def caching(model: Model) -> Caching:

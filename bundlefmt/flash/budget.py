@@ -69,6 +69,14 @@ def divide(
     return Budget(limit, needs, _slack(limit), cache, slots, streamed)
 
 
+def sharing(groups: Sequence[Group]) -> list[list[int]]:
+    """The positions of groups that share slots: those whose bundles have one stride."""
+    return [
+        [index for index, group in enumerate(groups) if group.stride == stride]
+        for stride in sorted({group.stride for group in groups})
+    ]
+
+
 def least_limit(used: int) -> int:
     """The smallest limit of which so many bytes can be used."""
     return (used + _SLACK) * _SLACK_SHARE // (_SLACK_SHARE - 1) + 1

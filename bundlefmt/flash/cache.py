@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundlefmt.flash.policies import Policy, Worth
-from bundlefmt.flash.pool import Pool
+from bundlefmt.flash.pool import SlotPool
 from bundlefmt.kernels import Floats
 
 Ids = NDArray[np.int64]
@@ -63,11 +63,12 @@ class NeuronCache:
     A token first asks for its neurons (`admit`), then reads the missing ones into their slots, then
     says so (`commit`); before that they are not in the cache, so a read that fails leaves nothing
     behind. Neurons that it will probably use can be read before that (`expect`, then `arrived`),
-    and what a prompt has used be put in (`offer`). Slots that were handed out and not filled are
-    vacant again when the next token asks: by then no read may be under way to them.
+    and what a prompt has used be put in (`offer`, then `commit`). Slots that were handed out for a
+    token or a prompt and not filled are vacant again with the next: by then no read may be under
+    way to them.
     """
 
-    def __init__(self, pool: Pool, first: int, neurons: int, policy: Policy) -> None:
+    def __init__(self, pool: SlotPool, first: int, neurons: int, policy: Policy) -> None:
         self.stats = CacheStats()
         self._pool = pool
         self._first = first
@@ -100,7 +101,7 @@ class NeuronCache:
     def admit(self, ids: Ids) -> Admission:
         """Look up the different neurons that the next token uses, and make room for those that are
         not there."""
-        self._pool.vacate(self._awaited)
+        self._give_back()
         self._token += 1
         self._expire()
         slots = self.slots_of(ids)
@@ -148,9 +149,10 @@ class NeuronCache:
 
     def arrived(self) -> None:
         """What was expected has been read, whether a token came for it or not."""
-        (ids, slots), self._expected = self._expected, (_NONE, _NONE)
-        self._expected_slot_of[ids] = -1
+        ids, slots = self._expected
         self._pool.hold(self._first + ids, slots)
+        self._expected_slot_of[ids] = -1
+        self._expected = _NONE, _NONE
 
     def forget_expected(self) -> None:
         """What was expected does not come, and its slots are vacant."""
@@ -167,26 +169,25 @@ class NeuronCache:
     def offer(self, ids: Ids, ages: Ids) -> tuple[Ids, Slots]:
         """Different neurons whose bundles are at hand, last used `ages` tokens ago: the positions
         of those to be copied, and into which slots; they take what is vacant, and what is worth
-        less than they are. The cache holds them from now on."""
+        less than they are."""
+        self._give_back()
         slots = self.slots_of(ids)
         self._policy.use(ids, self._token - ages)
         self._pool.weigh(self._first + ids)
-        best = np.flatnonzero(slots < 0)
+        best = np.flatnonzero((slots < 0) & (self._expected_slot_of[ids] < 0))
         best = best[np.argsort(-self._policy.worth[ids[best]], kind="stable")]
         vacant = self._pool.vacant(best.size)
         worth = self._policy.worth[ids[best[vacant.size :]]]
         rivals = self._pool.least(worth.size, slots[slots >= 0])
         better = worth[: rivals.size] > self._pool.worth_in(rivals)
-        room = np.concatenate([vacant, rivals[better]])
-        best = best[: room.size]
+        self._awaited = room = np.concatenate([vacant, rivals[better]])
         self._pool.take(room)
-        self._pool.hold(self._first + ids[best], room)
-        return best, room
+        return best[: room.size], room
 
     def commit(self, ids: Ids, slots: Slots) -> None:
-        """The bundles of these neurons have been read into these slots, which `admit` gave."""
-        self._awaited = _NONE
+        """The bundles of these neurons are in these slots, which `admit` or `offer` gave."""
         self._pool.hold(self._first + ids, slots)
+        self._awaited = _NONE
 
     def settle(self, admission: Admission, kept: Iterable[Ids]) -> None:
         """The last `admit` was for several tokens, of which these were kept, with the neurons that
@@ -197,6 +198,11 @@ class NeuronCache:
         for ids in kept:
             self._token += 1
             self._use(ids)
+
+    def _give_back(self) -> None:
+        """The slots that nobody filled."""
+        slots, self._awaited = self._awaited, _NONE
+        self._pool.vacate(slots)
 
     def _use(self, ids: Ids) -> None:
         """The token at hand uses these."""
@@ -228,8 +234,9 @@ def caches(
     rows: NDArray[np.uint8], neurons: Sequence[int], new_policy: Callable[[Worth], Policy]
 ) -> list[NeuronCache]:
     """The caches of groups of so many `neurons` each, which share the slots `rows`, uint8 [slots,
-    stride]; `new_policy` makes a policy that keeps its worth in what it is given."""
-    pool = Pool(rows, sum(neurons))
+    stride]; `new_policy` makes a policy that keeps its worth in what it is given. Tokens ask one
+    group after the other, so that a worth means the same in all of them."""
+    pool = SlotPool(rows, sum(neurons))
     starts = accumulate(neurons, initial=0)
     return [
         NeuronCache(pool, first, count, new_policy(pool.worth[first : first + count]))

@@ -1,10 +1,10 @@
 """The slots of the neuron cache, which the groups share: a layer whose tokens need many neurons
 has many.
 
-Strategy: of all groups' neurons those worth least give way first, but those that the groups' latest
-tokens used last of all. The next tokens often use them again, and each group says so only when its
-turn comes; without this, sharing costs more than it gains. To find what is worth least takes a pass
-over all slots, so one pass queues enough for some layers, and who was used since is left out.
+Strategy: of all groups' neurons those worth least give way first, but none that a group's latest
+token used. The next token often uses it again, and its group says so only when its turn comes;
+without this, sharing costs more than it gains. To find what is worth least takes a pass over all
+worths, so one pass queues enough for some layers, and who was used since is left out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Slots = NDArray[np.int64]
 _NONE: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
 
-class Pool:
+class SlotPool:
     """`rows`, uint8 [slots, stride], is the memory for bundles of so many `neurons` in all. Tables
     by neuron: `slot_of`, -1 for one that is in no slot, and `worth`, as a policy keeps it (`weigh`
     is to be told of changes)."""
@@ -55,19 +55,14 @@ class Pool:
         return np.flatnonzero(self._vacant)[:count]
 
     def least(self, count: int, kept: Slots) -> Slots:
-        """Up to `count` slots with neurons in them, in the order in which they give way; none of
-        those `kept`."""
+        """Up to `count` slots with neurons in them that are not in use, in the order in which they
+        give way; none of those `kept`."""
         keep = np.zeros(self.rows.shape[0], dtype=np.bool_)
         keep[kept] = True
         found = self._from_queue(count, keep)
         if found.size < count:
             self._fill_queue(max(count, self.rows.shape[0] // _QUEUED), keep)
             found = self._from_queue(count, keep)
-        if found.size < count:
-            keep[found] = True
-            others = np.flatnonzero((self._neuron_in >= 0) & ~keep)
-            order = np.argsort(self.worth_in(others))
-            found = np.concatenate([found, others[order][: count - found.size]])
         return found
 
     def take(self, slots: Slots) -> None:

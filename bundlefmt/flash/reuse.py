@@ -104,13 +104,13 @@ def shared(reuse: Sequence[Reuse], slots: int) -> list[int]:
 def _falling(gains: Means, sizes: Means) -> Means:
     """Gains per slot, piece by piece, each no more than the one before it: pieces that gain more
     than those before them are taken together with them (pool adjacent violators)."""
-    pools: list[tuple[float, float, int]] = []  # gain of all, slots, pieces
+    runs: list[tuple[float, float, int]] = []  # gain of all, slots, pieces
     for gain, size in zip(gains * sizes, sizes, strict=True):
-        pools.append((gain, size, 1))
-        while len(pools) > 1 and pools[-1][0] * pools[-2][1] > pools[-2][0] * pools[-1][1]:
-            last, before = pools.pop(), pools.pop()
-            pools.append((last[0] + before[0], last[1] + before[1], last[2] + before[2]))
-    return np.repeat([gain / size for gain, size, _ in pools], [count for *_, count in pools])
+        runs.append((gain, size, 1))
+        while len(runs) > 1 and runs[-1][0] * runs[-2][1] > runs[-2][0] * runs[-1][1]:
+            last, before = runs.pop(), runs.pop()
+            runs.append((last[0] + before[0], last[1] + before[1], last[2] + before[2]))
+    return np.repeat([gain / size for gain, size, _ in runs], [count for *_, count in runs])
 
 
 def assumed(neurons: int, share: float) -> Reuse:

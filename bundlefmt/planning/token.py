@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from bundlefmt.file import BundleFile
 from bundlefmt.flash import predictor, reuse
+from bundlefmt.flash.budget import sharing
 from bundlefmt.flash.costmodel import Batch, DeviceProfile
 from bundlefmt.flash.reuse import Reuse
 from bundlefmt.layout.header import Group
@@ -103,7 +104,7 @@ class Costs:
         active = missing = computed = 0.0
         rows = zip(self._groups, self._reuse, self._known, self._by_use(slots), strict=True)
         for group, used, known, count in rows:
-            misses = float(used.misses[min(count, group.neurons)])
+            misses = float(used.misses[count])
             batches.append(self._batch(group, misses, (group.stride - known) * scale))
             active += used.active
             missing += misses
@@ -118,10 +119,9 @@ class Costs:
         return Token(stages, batches, self._dense, 1 - missing / active if active else 0.0)
 
     def _by_use(self, slots: Sequence[int]) -> list[int]:
-        """The slots as the groups come to have them."""
+        """The slots as the groups come to have them; where all need all, none yields."""
         found = list(slots)
-        for stride in {group.stride for group in self._groups}:
-            alike = [index for index, group in enumerate(self._groups) if group.stride == stride]
+        for alike in [] if self._dense else sharing(self._groups):
             used = [self._reuse[index] for index in alike]
             counts = reuse.shared(used, sum(slots[index] for index in alike))
             for index, count in zip(alike, counts, strict=True):

@@ -72,7 +72,7 @@ class FfnLayer:
         self._clock = clock
         self._ahead = ReadAhead(group.neurons)
         # Reads into the cache: those begun before their neurons were known, and the others. They
-        # are kept until they have ended, since their slots count as empty.
+        # are kept until they have ended, for then their slots may go to others.
         self._early: Pending | None = None
         self._late: Pending | None = None
         self._last: tuple[int, Selected, Admission] | None = None  # pass of several tokens
@@ -110,14 +110,16 @@ class FfnLayer:
     def read_ahead(self, x: Floats) -> None:
         """Begin to read what a token probably needs, with what the FFN's input would be if the
         attention before it added nothing."""
-        if x.shape[0] > 1 or not self._takes_cache(x) or self.cache is None:
+        if self.cache is None:
+            return
+        self._drop_early(self.cache)
+        if x.shape[0] > 1 or not self._takes_cache(x):
             return
         guess = self._select.guess(x)
         if guess is not None:
             self._ahead.guess(self.cache.absent(guess))
         self._clock.lap("predict", self.group.layer)
         if guess is not None and self._ahead.pays:
-            _ended(self._early)
             expected, slots = self.cache.expect(guess)
             self._early = self._submit(expected, self.cache.rows, slots)
             self._clock.lap("manage", self.group.layer)
@@ -187,7 +189,6 @@ class FfnLayer:
         y = sum_of(admission.held, admission.held_slots)
         if self._early is not None:
             self._arrive_early(self._early, cache)
-            cache.arrived()
             clock.lap("manage", layer)
             y += sum_of(admission.coming, admission.coming_slots)
         self._arrive(pending)
@@ -210,14 +211,20 @@ class FfnLayer:
         self._fill_biases(bundles.neurons, bundles.rows)
 
     def _arrive_early(self, early: Pending, cache: NeuronCache) -> None:
-        """Wait for what was read ahead; once it has failed, it does not come."""
+        """Wait for what was read ahead; once that has failed, it does not come."""
         try:
             self._arrive(early)
         except BundleError:
-            cache.forget_expected()
-            self._early = None
+            self._drop_early(cache)
             raise
+        cache.arrived()
         self._early = None
+
+    def _drop_early(self, cache: NeuronCache) -> None:
+        """Nobody comes for what was read ahead: an error was raised meanwhile."""
+        _ended(self._early)
+        self._early = None
+        cache.forget_expected()
 
     def _fill_biases(self, neurons: Ids, slots: Ids) -> None:
         for name, biases in self._slot_biases.items():
@@ -259,8 +266,10 @@ class FfnLayer:
         used = activations[::-1] != 0
         some = np.flatnonzero(used.any(axis=0))
         kept, slots = self.cache.offer(bundles.neurons[some], used[:, some].argmax(axis=0))
+        neurons = bundles.neurons[some[kept]]
         self.cache.rows[slots] = bundles.raw[some[kept]]
-        self._fill_biases(bundles.neurons[some[kept]], slots)
+        self._fill_biases(neurons, slots)
+        self.cache.commit(neurons, slots)
 
     def _sum(
         self,

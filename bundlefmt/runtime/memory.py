@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from bundlefmt.errors import UsageError
 from bundlefmt.file import BundleFile
 from bundlefmt.flash import predictor
-from bundlefmt.flash.budget import Budget, Needs, divide, left_of
+from bundlefmt.flash.budget import Budget, Needs, divide, left_of, sharing
 from bundlefmt.flash.cache import NeuronCache, caches
 from bundlefmt.flash.policies import Lfu, Lru, Policy, Window, Worth
 from bundlefmt.layout.header import Group
@@ -28,7 +28,7 @@ POLICIES = ("lfu", "lru", "window", "none")
 
 _FEWEST_STREAMED = 3  # layers: with two pieces of memory for them, fewer spare nothing
 _LEAST_CACHE = 0.05  # of all bundles: a smaller cache costs more reads than streaming saves memory
-_TABLE_BYTES = 48  # per neuron: its checksum, its places in file and cache, its bias, its worth
+_TABLE_BYTES = 64  # per neuron: checksum, biases, places, worth; what its slot has of those
 _TOKENS = 2048  # of the longest text, where neither the caller nor the model says
 
 
@@ -150,13 +150,13 @@ def needs(file: BundleFile, config: DecoderConfig, selecting: Selecting, tokens:
 
 
 def make_caches(budget: Budget, groups: Sequence[Group], caching: Caching) -> Caches:
-    """The caches that a budget affords; groups whose bundles have one stride share their slots.
-    They are pieces of one memory, which a reader can register."""
+    """The caches that a budget affords. They are pieces of one memory, which a reader can
+    register."""
     memory = aligned_empty(budget.cache)
     made: dict[int, NeuronCache] = {}
     start = 0
-    for stride in sorted({group.stride for group in groups}):
-        alike = [index for index, group in enumerate(groups) if group.stride == stride]
+    for alike in sharing(groups):
+        stride = groups[alike[0]].stride
         slots = sum(budget.slots[index] for index in alike)
         rows = memory[start : start + slots * stride].reshape(slots, stride)
         start += slots * stride
