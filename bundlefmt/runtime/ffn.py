@@ -142,8 +142,14 @@ class FfnLayer:
             self._last = x.shape[0], selected, admission
         missing = selected.ids[admission.missing]
         self._late = pending = self._submit(missing, cache.rows, admission.missing_slots)
+        passing = None
+        if admission.passed.size:
+            passed = selected.ids[admission.passed]
+            passing = self._streamer.bundles(self.group, passed, self._known)
         self._clock.lap("manage", self.group.layer)
-        return lambda: self._biased(self._through_cache(x, selected, cache, admission, pending))
+        return lambda: self._biased(
+            self._through_cache(x, selected, cache, admission, pending, passing)
+        )
 
     def drop(self, tokens: int) -> None:
         """The last `tokens` of the last pass were for nothing: the cache is not to count them."""
@@ -176,6 +182,7 @@ class FfnLayer:
         cache: NeuronCache,
         admission: Admission,
         pending: Pending,
+        passing: Iterator[Bundles] | None,
     ) -> Floats:
         """What is held is computed while the rest comes: first what was expected, then what was
         not."""
@@ -196,11 +203,8 @@ class FfnLayer:
         cache.commit(selected.ids[admission.missing], admission.missing_slots)
         clock.lap("manage", layer)
         y += sum_of(admission.missing, admission.missing_slots)
-        if admission.passed.size:
-            passed = selected.some(admission.passed)
-            y += self._streamed(
-                x, passed, self._streamer.bundles(self.group, passed.ids, self._known)
-            )
+        if passing is not None:
+            y += self._streamed(x, selected.some(admission.passed), passing)
         return y
 
     def _arrive(self, pending: Pending) -> None:
