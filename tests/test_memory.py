@@ -313,13 +313,14 @@ def test_what_is_left_of_a_limit_goes_to_the_groups_by_their_bytes(demo_bundle: 
         groups = file.groups
     all_bytes = sum(group.bundles.length for group in groups)
     limit = 1 << 30
-    slack = divide(limit, Needs(0, 0, 0, 0, 0), groups).slack
+    slack = divide(limit, Needs(0, 0, 0, 0, 0), []).slack
     for left in (0, all_bytes // 3, all_bytes, 2 * all_bytes):
         budget = divide(limit, Needs(1, 2, 3, 4, limit - slack - left - 10), groups)
         assert budget.cache <= left
         assert budget.needs.total + budget.slack + budget.cache <= budget.limit
         for slots, group in zip(budget.slots, groups, strict=True):
-            assert abs(slots - group.neurons * min(left / all_bytes, 1)) <= 1
+            afforded = min(left / all_bytes, 1)
+            assert 0.98 * group.neurons * afforded - 1 <= slots <= group.neurons * afforded
 
 
 def test_groups_of_one_stride_share_their_slots(demo_bundle: Path) -> None:

@@ -58,8 +58,8 @@ def calibrated(path: Path) -> DeviceProfile:
 def room_for(path: Path, held: float, **options: Any) -> int:
     """A limit whose cache holds about that share of the FFN."""
     whole = bundlefmt.plan(path, PLENTY, **options)
-    least = PLENTY - whole.split["unused"] - whole.split["slack"] - whole.ffn_bytes
-    return least_limit(int(least + held * whole.ffn_bytes)) + 4096
+    least = PLENTY - whole.split["unused"] - whole.split["slack"] - whole.split["cache"]
+    return least_limit(least, int(held * whole.ffn_bytes)) + 4096
 
 
 def least_of(refusal: UsageError) -> int:

@@ -11,6 +11,7 @@ from bundlefmt.layout.header import Group
 
 _SLACK = 16 << 20  # what allocators keep, and tables too small to be counted
 _SLACK_SHARE = 256  # and one part in so many of the limit: twice what page tables take
+_CACHE_SHARE = 100  # and one in so many of the cache: the kernel's own of registered memory, tables
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,11 @@ def divide(
             found=limit,
         )
     all_bytes = sum(group.bundles.length for group in groups)
-    share = min(left / all_bytes, 1.0) if all_bytes else 0.0
+    share = min(left / _with_slack(all_bytes), 1.0) if all_bytes else 0.0
     slots = tuple(int(group.neurons * share) for group in groups)
     cache = sum(n * group.stride for n, group in zip(slots, groups, strict=True))
-    return Budget(limit, needs, _slack(limit), cache, slots, streamed)
+    slack = _slack(limit) + _with_slack(cache) - cache
+    return Budget(limit, needs, slack, cache, slots, streamed)
 
 
 def sharing(groups: Sequence[Group]) -> list[list[int]]:
@@ -77,9 +79,13 @@ def sharing(groups: Sequence[Group]) -> list[list[int]]:
     ]
 
 
-def least_limit(used: int) -> int:
-    """The smallest limit of which so many bytes can be used."""
-    return (used + _SLACK) * _SLACK_SHARE // (_SLACK_SHARE - 1) + 1
+def least_limit(used: int, cache: int = 0) -> int:
+    """The smallest limit that affords so many bytes, and a cache of so many beside them."""
+    return (used + _with_slack(cache) + _SLACK) * _SLACK_SHARE // (_SLACK_SHARE - 1) + 1
+
+
+def _with_slack(cache: int) -> int:
+    return cache + cache // _CACHE_SHARE
 
 
 def _slack(limit: int) -> int:
