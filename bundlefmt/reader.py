@@ -139,8 +139,7 @@ class _Placed(NamedTuple):
         MAX_REQUEST, each from the `skip`-th byte of its first bundle on. What lies in the gaps goes
         into `spare`."""
         group, count, stride = self.bundles.group, self.slots.size, self.bundles.group.stride
-        memory, row_starts = _as_memory(self.bundles.raw)
-        starts = row_starts[self.rows]
+        memory, starts = _as_memory(self.bundles.raw, self.rows)
         longest = min(max(MAX_REQUEST // stride, 1), MAX_VIEWS)
         unwanted = np.zeros(count, dtype=np.int64)  # bundles between this one and the one before
         unwanted[1:] = self.slots[1:] - self.slots[:-1] - 1
@@ -175,15 +174,16 @@ class _Placed(NamedTuple):
         )
 
 
-def _as_memory(rows: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The bytes from the lowest row's first to the highest row's last, and where in them each row
-    begins."""
+def _as_memory(
+    rows: NDArray[np.uint8], some: NDArray[np.int64]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The bytes from the lowest row's first to the highest row's last, and where in them some of
+    the rows begin."""
     count, step = rows.shape[0], rows.strides[0]
     if step < 0:
         rows = rows[::-1]
     length = abs(step) * (count - 1) + rows.shape[1] if count else 0
-    starts = np.arange(count) * step
-    return as_strided(rows, (length,), (1,)), starts - min(step * (count - 1), 0)
+    return as_strided(rows, (length,), (1,)), some * step - min(step * (count - 1), 0)
 
 
 class Pending:

@@ -38,6 +38,8 @@ class SlotPool:
         self._in_use = np.zeros(neurons, dtype=np.bool_)
         self._neuron_in = np.full(slots, -1, dtype=np.int32)
         self._vacant = np.ones(slots, dtype=np.bool_)
+        self._vacancies = slots
+        self._kept = np.zeros(slots, dtype=np.bool_)  # for as long as a call takes
         # What slots are worth, infinity for those without a neuron or with one in use; and those
         # that are to give way next, with their worth when they were queued.
         self._price = np.full(slots, np.inf)
@@ -52,17 +54,17 @@ class SlotPool:
 
     def vacant(self, count: int) -> Slots:
         """Up to `count` vacant slots."""
-        return np.flatnonzero(self._vacant)[:count]
+        return np.flatnonzero(self._vacant)[:count] if self._vacancies else _NONE
 
     def least(self, count: int, kept: Slots) -> Slots:
         """Up to `count` slots with neurons in them that are not in use, in the order in which they
         give way; none of those `kept`."""
-        keep = np.zeros(self.rows.shape[0], dtype=np.bool_)
-        keep[kept] = True
-        found = self._from_queue(count, keep)
+        self._kept[kept] = True
+        found = self._from_queue(count)
         if found.size < count:
-            self._fill_queue(max(count, self.rows.shape[0] // _QUEUED), keep)
-            found = self._from_queue(count, keep)
+            self._fill_queue(max(count, self.rows.shape[0] // _QUEUED))
+            found = self._from_queue(count)
+        self._kept[kept] = False
         return found
 
     def take(self, slots: Slots) -> None:
@@ -72,12 +74,14 @@ class SlotPool:
         self.slot_of[gone[gone >= 0]] = -1
         self._neuron_in[slots] = -1
         self._price[slots] = np.inf
+        self._vacancies -= int(np.count_nonzero(self._vacant[slots]))
         self._vacant[slots] = False
 
     def vacate(self, slots: Slots) -> None:
         """Nobody is going to fill these slots, or needs what is in them."""
         self.take(slots)
         self._vacant[slots] = True
+        self._vacancies += slots.size
 
     def hold(self, neurons: Neurons, slots: Slots) -> None:
         """The neurons are in these slots, which were taken."""
@@ -103,18 +107,18 @@ class SlotPool:
         """Of the neurons in these slots."""
         return self.worth[self._neuron_in[slots]]
 
-    def _from_queue(self, count: int, keep: NDArray[np.bool_]) -> Slots:
+    def _from_queue(self, count: int) -> Slots:
         """The first `count` that are still worth what they were, and may go."""
         same = self._price[self._queue] == self._queued
         self._queue, self._queued = self._queue[same], self._queued[same]
-        return self._queue[~keep[self._queue]][:count]
+        return self._queue[~self._kept[self._queue]][:count]
 
-    def _fill_queue(self, count: int, keep: NDArray[np.bool_]) -> None:
+    def _fill_queue(self, count: int) -> None:
         """Queue the `count` that are worth least and may go. A pass that had to sort all by worth
         finds a few times as many, below a limit that the passes after it can make do with."""
-        slots = np.flatnonzero((self._price <= self._limit) & ~keep)
+        slots = np.flatnonzero((self._price <= self._limit) & ~self._kept)
         if slots.size < count:
-            slots = np.flatnonzero((self._price <= _MOST) & ~keep)
+            slots = np.flatnonzero((self._price <= _MOST) & ~self._kept)
             price, many = self._price[slots], _FORESIGHT * count
             self._limit = float(np.partition(price, many)[many]) if many < price.size else _MOST
             slots = slots[price <= self._limit]
