@@ -138,8 +138,8 @@ class NeuronCache:
         token asks: as many of them as there is room for, and the slots to read them into. What was
         expected before and has not arrived is no longer expected."""
         self.forget_expected()
-        absent = self.absent(ids)
         slots = self.slots_of(ids)
+        absent = ids[slots < 0]
         room = self._make_room(absent.size, slots[slots >= 0])
         expected = absent[: room.size]
         self._expected = expected, room

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,22 @@ from bundlefmt.runtime.weights import Norm
 
 # Told of an FFN's inputs x [tokens, d_model] and activations [tokens, neurons].
 Observer = Callable[[Group, Floats, Floats], None]
+
+
+class Lying(NamedTuple):
+    """Where neurons' bundles are: they are the rows of `raw`, uint8 [any, stride], or those in
+    `rows`; so are their biases, by part."""
+
+    raw: NDArray[np.uint8]
+    biases: dict[str, Floats]
+    rows: kernels.Rows | None = None
+
+    def part(self, part: Part) -> kernels.Part | None:
+        """A part of every row; None for one that is resident."""
+        if part.offset is None:
+            return None
+        stored = self.raw[:, part.offset : part.offset + part.length]
+        return kernels.Part(stored, part.encoding, self.biases.get(part.name))
 
 
 class FfnLayer:
@@ -129,6 +146,10 @@ class FfnLayer:
         computes: float32 [tokens, d_model]."""
         selected = self._select(x)
         self._last = None
+        _ended(
+            self._late
+        )  # an error may have left them, and their slots are about to be given back
+        self._late = None
         self._clock.lap("predict", self.group.layer)
         if self.cache is None or not self._takes_cache(x):
             pieces = self._streamer.bundles(self.group, selected.ids, self._known)
@@ -136,7 +157,6 @@ class FfnLayer:
         cache = self.cache
         if x.shape[0] == 1:
             self._ahead.learn(selected.ids)
-        _ended(self._late)  # an error may have left them
         admission = cache.admit(selected.ids)
         if x.shape[0] > 1:
             self._last = x.shape[0], selected, admission
@@ -189,7 +209,7 @@ class FfnLayer:
         clock, layer = self._clock, self.group.layer
 
         def sum_of(which: Ids, slots: Ids) -> Floats:
-            y = self._sum(x, selected.some(which), cache.rows, slots, self._slot_biases)
+            y = self._sum(x, selected.some(which), Lying(cache.rows, self._slot_biases, slots))
             clock.lap("ffn", layer)
             return y
 
@@ -249,12 +269,13 @@ class FfnLayer:
         for bundles in pieces:
             self._clock.lap("wait", self.group.layer)
             biases = {name: bias[bundles.neurons] for name, bias in self._neuron_biases.items()}
+            lying = Lying(bundles.raw, biases)
             some = selected.some(slice(done, done + bundles.neurons.size))
             if seen is not None or keeps:
-                some = Selected(some.ids, self._activations(x, some, bundles.raw, None, biases))
+                some = Selected(some.ids, self._activations(x, some, lying))
             if seen is not None:
                 seen[:, bundles.neurons] = some.activations
-            y += self._sum(x, some, bundles.raw, None, biases)
+            y += self._sum(x, some, lying)
             self._clock.lap("ffn", self.group.layer)
             if keeps and some.activations is not None:
                 self._keep(bundles, some.activations)
@@ -275,70 +296,36 @@ class FfnLayer:
         self._fill_biases(neurons, slots)
         self.cache.commit(neurons, slots)
 
-    def _sum(
-        self,
-        x: Floats,
-        selected: Selected,
-        raw: NDArray[np.uint8],
-        rows: kernels.Rows | None,
-        biases: dict[str, Floats],
-    ) -> Floats:
-        """The sum over selected neurons whose bundles are the rows of `raw`, or those in `rows`,
-        as are their biases."""
+    def _sum(self, x: Floats, selected: Selected, lying: Lying) -> Floats:
+        """The sum over selected neurons."""
         hidden: kernels.Part | Floats | None = None
-        up = self._bundled("up", raw, biases) if self._gated else None
+        up = lying.part(self._parts["up"]) if self._gated else None
         apart = self._gated and up is None
         if not apart and selected.activations is None and selected.mask is None:
-            hidden = self._bundled(self._selector.name, raw, biases)
+            hidden = lying.part(self._selector)
         if hidden is None:
-            hidden = self._activations(x, selected, raw, rows, biases)
+            hidden = self._activations(x, selected, lying)
             if apart:
-                hidden = hidden * self._products("up", x, selected.ids, raw, rows, biases)
-        down = self._bundled("down", raw, biases)
+                hidden = hidden * self._products(self._parts["up"], x, selected.ids, lying)
+        down = lying.part(self._parts["down"])
         assert down is not None  # the format keeps no other place for it
-        return kernels.ffn(x, hidden, up, down, self.group, rows)
+        return kernels.ffn(x, hidden, up, down, self.group, lying.rows)
 
-    def _activations(
-        self,
-        x: Floats,
-        selected: Selected,
-        raw: NDArray[np.uint8],
-        rows: kernels.Rows | None,
-        biases: dict[str, Floats],
-    ) -> Floats:
-        """The selected neurons' activations [tokens, neurons]; where they lie as for `_sum`."""
+    def _activations(self, x: Floats, selected: Selected, lying: Lying) -> Floats:
+        """The selected neurons' activations [tokens, neurons]."""
         if selected.activations is not None:
             return selected.activations
-        name = self._selector.name
-        activations = self._act(self._products(name, x, selected.ids, raw, rows, biases))
+        activations = self._act(self._products(self._selector, x, selected.ids, lying))
         if selected.mask is None:
             return activations
         return np.where(selected.mask, activations, np.float32(0))
 
-    def _products(
-        self,
-        name: str,
-        x: Floats,
-        ids: Ids,
-        raw: NDArray[np.uint8],
-        rows: kernels.Rows | None,
-        biases: dict[str, Floats],
-    ) -> Floats:
+    def _products(self, part: Part, x: Floats, ids: Ids, lying: Lying) -> Floats:
         """x times a part of neurons, bias added: [tokens, neurons]."""
-        part = self._bundled(name, raw, biases)
-        if part is None:
-            return kernels.biased_products(x, self._resident[name], ids)
-        return kernels.biased_products(x, part, rows)
-
-    def _bundled(
-        self, name: str, raw: NDArray[np.uint8], biases: dict[str, Floats]
-    ) -> kernels.Part | None:
-        """A part of the bundles that are rows of `raw`; None where it is resident."""
-        part = self._parts[name]
-        if part.offset is None:
-            return None
-        stored = raw[:, part.offset : part.offset + part.length]
-        return kernels.Part(stored, part.encoding, biases.get(name))
+        found = lying.part(part)
+        if found is None:
+            return kernels.biased_products(x, self._resident[part.name], ids)
+        return kernels.biased_products(x, found, lying.rows)
 
     def _selection(self, file: BundleFile, selecting: Selecting, norm: Norm) -> Selection:
         check(selecting.mode, self.group)
