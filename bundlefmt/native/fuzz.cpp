@@ -162,13 +162,14 @@ void turn_over(Data& data) {
   if (transpose_fault(height, in_bytes, width, out_bytes, item, threads)) return;
   if (height && width && (height > 200 || width > 200)) return;
   const bool empty = !height || !width;
-  const Bytes in = some_bytes(data, empty ? 0 : (height - 1) * (in_bytes + gap) + in_bytes);
+  const int64_t in_stride = in_bytes + (empty ? 0 : gap);  // where empty, in_bytes may be any number
+  const Bytes in = some_bytes(data, empty ? 0 : (height - 1) * in_stride + in_bytes);
   Bytes out(empty ? 0 : static_cast<size_t>(width * out_bytes));
-  transpose(in.data(), in_bytes + gap, height, width, out.data(), out_bytes, item, threads);
+  transpose(in.data(), in_stride, height, width, out.data(), out_bytes, item, threads);
   for (int64_t i = 0; !empty && i < width; ++i)
     for (int64_t j = 0; j < height; ++j)
       require(!std::memcmp(out.data() + i * out_bytes + j * item,
-                           in.data() + j * (in_bytes + gap) + i * item,
+                           in.data() + j * in_stride + i * item,
                            static_cast<size_t>(item)));
 }
 
