@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundlefmt.errors import UsageError
+from bundlefmt.layout.constants import EncodingName
 from bundlefmt.layout.encodings import ENCODINGS, numbers_in
 from bundlefmt.layout.header import Group
 from bundlefmt.native import CPUS, core
@@ -49,8 +50,8 @@ class Part(NamedTuple):
     """One part of some neurons: uint8 [rows, bytes of a vector] in an encoding, biases [rows]."""
 
     stored: NDArray[np.uint8]
-    encoding: str
-    bias: Floats | None
+    encoding: EncodingName
+    bias: Floats | None = None
 
 
 def matmul(x: Floats, weight: NDArray[Any]) -> Floats:

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from bundlefmt.convert.update import append
 from bundlefmt.errors import UsageError
 from bundlefmt.file import BundleFile
@@ -161,15 +164,14 @@ def train_predictors(
         for index, (group, setting) in enumerate(zip(groups, settings, strict=True)):
             selector = read_selector(file, reader, group)
             trained[group.layer] = train(recorded.layer(index), selector, setting, advance)
-    tensors = {
-        _name(layer, matrix): getattr(predictor, matrix)
-        for layer, (predictor, _) in trained.items()
-        for matrix in ("a", "b")
-    }
-    entries = [
-        PredictorEntry(layer, _name(layer, "a"), _name(layer, "b"), predictor.threshold)
-        for layer, (predictor, _) in trained.items()
-    ]
+    tensors: dict[str, NDArray[np.uint8]] = {}
+    entries = []
+    for layer, (predictor, _) in trained.items():
+        a, b = (f"bundlefmt.predictor.{layer}.{matrix}" for matrix in "ab")
+        tensors |= {a: predictor.a.stored, b: predictor.b.stored}
+        entries.append(
+            PredictorEntry(layer, a, b, predictor.threshold, encoding=predictor.a.encoding)
+        )
     block = append(path, tensors=tensors, predictors=entries)
     return TrainReport(
         path=os.fspath(path),
@@ -184,17 +186,13 @@ def train_predictors(
 def _row(layer: int, predictor: Predictor, found: Quality) -> TrainedLayer:
     return TrainedLayer(
         layer=layer,
-        rank=predictor.a.shape[0],
+        rank=predictor.a.stored.shape[0],
         threshold=predictor.threshold,
         active_share=found.active / found.pairs,
         recall=found.recall,
         precision=found.precision,
         predicted_per_active=found.predicted / max(found.active, 1),
     )
-
-
-def _name(layer: int, matrix: str) -> str:
-    return f"bundlefmt.predictor.{layer}.{matrix}"
 
 
 def _text(path: str | os.PathLike[str]) -> str:

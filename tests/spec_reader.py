@@ -74,7 +74,8 @@ FIELDS = {
     "Tensor": "name: string, dtype: string, shape: [integer], data: Region",
     "Blob": "name: string, data: Region",
     "SourceFile": "name: string, header: Region",
-    "Predictor": "layer: integer, expert: integer?, a: string, b: string, threshold: number",
+    "Predictor": """layer: integer, expert: integer?, a: string, b: string, threshold: number,
+        encoding: string?""",
 }
 
 
@@ -278,15 +279,23 @@ def check_biases(header: dict[str, Any]) -> None:
 
 def check_predictors(header: dict[str, Any]) -> None:
     groups = {(g["layer"], g["expert"]): g for g in header["groups"]}
-    shapes = {t["name"]: t["shape"] for t in header["tensors"]}
+    tensors = {t["name"]: t for t in header["tensors"]}
     seen = set()
     for i, predictor in enumerate(header["predictors"]):
         where, key = f"header.predictors[{i}]", (predictor["layer"], predictor["expert"])
         require(key in groups and key not in seen, f"{where}: no group, or one twice")
-        require({predictor["a"], predictor["b"]} <= set(shapes), f"{where}: no such tensor")
-        a, b = shapes[predictor["a"]], shapes[predictor["b"]]
-        require(len(a) == 2 and a[1] == groups[key]["d_model"], f"{where}.a: shape")
-        require(b == [groups[key]["neurons"], a[0]], f"{where}.b: shape")
+        require({predictor["a"], predictor["b"]} <= set(tensors), f"{where}: no such tensor")
+        a, b = tensors[predictor["a"]], tensors[predictor["b"]]
+        require(len(a["shape"]) == 2 and a["shape"][0] >= 1, f"{where}.a: shape")
+        rank, d_model, encoding = a["shape"][0], groups[key]["d_model"], predictor["encoding"]
+        a_row, b_row = d_model, rank
+        if encoding is not None:
+            a_row = encoded_length(encoding, d_model, f"{where}.a")
+            b_row = encoded_length(encoding, rank, f"{where}.b")
+        require(a["shape"] == [rank, a_row], f"{where}.a: shape")
+        require(b["shape"] == [groups[key]["neurons"], b_row], f"{where}.b: shape")
+        floats = ("F32", "F16", "BF16") if encoding is None else ("U8",)
+        require(a["dtype"] in floats and b["dtype"] in floats, f"{where}: dtype")
         require(0 <= predictor["threshold"] <= 1, f"{where}.threshold")
         seen.add(key)
 

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,14 @@ from safetensors.numpy import load_file
 import bundlefmt
 from bundlefmt.errors import FormatError, UsageError
 from bundlefmt.flash import predictor as predictors
-from bundlefmt.flash.predictor import Predictor, Selector, calibrated, quality, untrained
+from bundlefmt.flash.predictor import (
+    Predictor,
+    Selector,
+    calibrated,
+    quality,
+    stored,
+    untrained,
+)
 from bundlefmt.flash.traces import LayerTrace, Trace, new_trace
 from bundlefmt.layout.header import Group
 from tests.conftest import FIXTURES, ROOT
@@ -278,17 +285,28 @@ def test_a_damaged_trace_is_refused(
 # Predictors
 
 
-def random_predictor(threshold: float) -> tuple[Predictor, NDArray[np.float32]]:
+def random_predictor(
+    threshold: float, rank: int = 3, d_model: int = 8
+) -> tuple[Predictor, NDArray[np.float32]]:
     random = np.random.default_rng(1)
-    a = random.standard_normal((3, 8)).astype(np.float16)
-    b = random.standard_normal((20, 3)).astype(np.float16)
-    return Predictor(a, b, threshold), random.standard_normal((5, 8)).astype(np.float32)
+    a, b, x = (
+        random.standard_normal(shape, dtype=np.float32)
+        for shape in ((rank, d_model), (20, rank), (5, d_model))
+    )
+    return replace(stored(a, b), threshold=threshold), x
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1e-9, 0.25, 0.5, 0.875, 1.0])
-def test_a_prediction_is_the_formula_of_the_specification(threshold: float) -> None:
-    predictor, x = random_predictor(threshold)
-    scores = predictor.b.astype(float) @ (predictor.a.astype(float) @ x.astype(float).T)
+@pytest.mark.parametrize(
+    ("encoding", "rank", "d_model"), [("f16", 3, 8), ("f16", 32, 40), ("q8_0", 32, 64)]
+)
+def test_a_prediction_is_the_formula_of_the_specification(
+    encoding: str, rank: int, d_model: int, threshold: float
+) -> None:
+    predictor, x = random_predictor(threshold, rank, d_model)
+    assert predictor.a.encoding == predictor.b.encoding == encoding
+    a, b = (matrix.astype(float) for matrix in predictor.matrices())
+    scores = b @ (a @ x.astype(float).T)
     expected = (1 / (1 + np.exp(-scores)) > threshold).T
     np.testing.assert_array_equal(predictor.predicted(x), expected)
     np.testing.assert_array_equal(predictor.active(x), np.flatnonzero(expected.any(axis=0)))
@@ -322,8 +340,7 @@ def test_an_untrained_predictor_finds_what_the_trace_names(
     ratios = []
     for rank in (8, 32, 128):
         predictor = untrained(selector, inputs[::2], rank, 0.95)
-        assert predictor.a.shape == (rank, 128)
-        assert predictor.b.shape == (1024, rank)
+        assert [matrix.shape for matrix in predictor.matrices()] == [(rank, 128), (1024, rank)]
         found = quality(predictor, [(inputs[1::2], active[1::2])])
         assert found.recall >= 0.9
         ratios.append(found.predicted / found.active)
@@ -371,8 +388,8 @@ def test_trained_predictors_are_in_the_file_and_meet_the_recall(
         for index, layer in enumerate(report.layers):
             predictor = predictors.load(file, file.group(index))
             assert predictor is not None
-            assert (predictor.a.shape, predictor.b.shape) == ((32, 128), (1024, 32))
-            assert predictor.a.dtype == predictor.b.dtype == np.float16
+            assert predictor.a.encoding == predictor.b.encoding == "q8_0"
+            assert [matrix.shape for matrix in predictor.matrices()] == [(32, 128), (1024, 32)]
             inputs, active = everything(trace.layer(index))
             found = quality(predictor, [(inputs[held_out], active[held_out])])
             assert found.recall == pytest.approx(layer.recall, abs=1e-3)
@@ -406,7 +423,7 @@ def test_training_again_replaces(demo: Path, short_trace: Path) -> None:
     with bundlefmt.open(demo) as file:
         assert len(file.header.predictors) == 5
         assert sum(name.startswith("bundlefmt.predictor.") for name in file.tensor_names) == 10
-        ranks = [predictors.load(file, group).a.shape[0] for group in file.groups]  # type: ignore[union-attr]
+        ranks = [predictors.load(file, group).a.stored.shape[0] for group in file.groups]  # type: ignore[union-attr]
     assert ranks == [4, 4, 4, 16, 16]
 
 

@@ -157,6 +157,18 @@ REFUSED: dict[str, dict[str, Any]] = {
         "tensors": TENSORS,
         "predictors": [Predictor(0, "p.b", "p.a", 0.5)],
     },
+    "a predictor of integers": {
+        "tensors": {"p.a": A.astype(np.int32), "p.b": B},
+        "predictors": [Predictor(0, "p.a", "p.b", 0.5)],
+    },
+    "a predictor of floats with an encoding": {
+        "tensors": TENSORS,
+        "predictors": [Predictor(0, "p.a", "p.b", 0.5, encoding="f32")],
+    },
+    "a predictor whose rows are no whole blocks": {
+        "tensors": {name: tensor.astype(np.uint8) for name, tensor in TENSORS.items()},
+        "predictors": [Predictor(0, "p.a", "p.b", 0.5, encoding="q8_0")],
+    },
     "a predictor without tensors": {"predictors": [Predictor(0, "p.a", "p.b", 0.5)]},
     "two predictors of one group": {
         "tensors": TENSORS,

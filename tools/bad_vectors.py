@@ -249,6 +249,16 @@ BAD_OPEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         ),
         "header.predictors[0]",
     ),
+    "predictor-encoding": (
+        edited(
+            lambda h: h.update(
+                predictors=[
+                    {"layer": 0, "a": "norm", "b": "norm", "threshold": 0.5, "encoding": "q8_0"}
+                ]
+            )
+        ),
+        "header.predictors[0]",
+    ),
 }
 
 # Likewise. The file opens; `verify` finds the fault.

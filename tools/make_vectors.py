@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import asdict
 from numpy.typing import NDArray
 
 from bundlefmt.convert.unpack import unpack
@@ -59,6 +60,7 @@ class Builder:
         self.tensors: list[Tensor] = []
         self.blobs: list[Blob] = []
         self.sources: list[SourceFile] = []
+        self.predictors: list[Predictor] = []
 
     def region(self, data: bytes) -> Region:
         """Append a region."""
@@ -152,6 +154,7 @@ class Builder:
             tensors=self.tensors,
             blobs=self.blobs,
             sources=self.sources,
+            predictors=self.predictors,
         )
         self._writer.superblock(self._writer.header(header, 1, FILE_ID), slots=(0, 1))
         self._file.close()
@@ -274,6 +277,16 @@ def odd_tensors(builder: Builder) -> None:
     builder.raw_tensor("größe", "BOOL", [2], b"\x01\x00")
 
 
+def encoded_predictor(builder: Builder) -> None:
+    """A predictor in q8_0, for a group in q4_0."""
+    builder.group(0, neurons=3, d_model=64, encoding="q4_0")
+    for name, rows, columns in (("a", 32, 64), ("b", 3, 32)):
+        encoded = ENCODINGS["q8_0"].encode(numbers(rows, columns, seed=rows))
+        builder.tensor(f"predictors.0.{name}", encoded)
+    names = "predictors.0.a", "predictors.0.b"
+    builder.predictors.append(Predictor(0, *names, 0.25, encoding="q8_0"))
+
+
 def newer_minor(builder: Builder) -> None:
     """Made whole here; `make` gives it a minor version and keys that this reader ignores."""
     builder.group(0, neurons=2, d_model=8, encoding="f32")
@@ -302,6 +315,7 @@ GOOD: tuple[Callable[[Builder], None], ...] = (
     zstd,
     fused,
     odd_tensors,
+    encoded_predictor,
     newer_minor,
     two_generations,
     interrupted_update,
@@ -353,7 +367,7 @@ def contents(path: Path) -> Json:
             "blobs": {name: file.blob(name).hex() for name in file.blob_names},
             "restored": restored(path),
             "predictors": [
-                {"layer": p.layer, "a": p.a, "b": p.b, "threshold": p.threshold}
+                {key: value for key, value in asdict(p).items() if value is not None}
                 for p in file.header.predictors
             ],
         }

@@ -4,11 +4,10 @@ product with a random predictor of the paper's rank, whose cost and memory are t
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bench.paper.figures import PaperModel
 from bench.paper.traces import HISTORY, Trace
-from bundlefmt.flash.predictor import Predictor
+from bundlefmt.flash.predictor import Predictor, stored
 from bundlefmt.kernels import Floats
 from bundlefmt.layout.header import Group
 from bundlefmt.runtime.generate import Model
@@ -19,18 +18,13 @@ _BLOCK = 1 << 20  # random numbers, repeated: a product's cost is the same for a
 
 
 def random_predictors(groups: list[Group], paper: PaperModel) -> list[Predictor]:
-    """One per layer, float16, of the paper's ranks."""
-    numbers = np.random.default_rng(1).standard_normal(_BLOCK, dtype=np.float32) / 64
-    block = numbers.astype(np.float16)
+    """One per layer, of the paper's ranks."""
+    block = np.random.default_rng(1).standard_normal(_BLOCK, dtype=np.float32) / 64
     ranks = [paper.rank_of(group.layer, len(groups)) for group in groups]
     return [
-        Predictor(_repeated(block, rank, group.d_model), _repeated(block, group.neurons, rank), 0.5)
+        stored(np.resize(block, (rank, group.d_model)), np.resize(block, (group.neurons, rank)))
         for group, rank in zip(groups, ranks, strict=True)
     ]
-
-
-def _repeated(block: NDArray[np.float16], rows: int, columns: int) -> NDArray[np.float16]:
-    return np.resize(block, (rows, columns))
 
 
 class Replayed:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,9 @@ from bundlefmt import kernels
 from bundlefmt.errors import UsageError
 from bundlefmt.file import BundleFile
 from bundlefmt.kernels import Floats
-from bundlefmt.layout.encodings import numbers_in
+from bundlefmt.layout.constants import EncodingName
+from bundlefmt.layout.dtypes import ENCODING_OF
+from bundlefmt.layout.encodings import ENCODINGS, numbers_in
 from bundlefmt.layout.header import Group
 from bundlefmt.layout.header import Predictor as Entry
 from bundlefmt.reader import Reader
@@ -48,10 +50,10 @@ Sample = tuple[Floats, NDArray[np.bool_]]
 
 @dataclass(frozen=True)
 class Predictor:
-    """`a` [rank, d_model] and `b` [neurons, rank] of a stored float type; `threshold` in 0..1."""
+    """The rows of `a` [rank, d_model] and `b` [neurons, rank]; `threshold` in 0..1."""
 
-    a: NDArray[Any]
-    b: NDArray[Any]
+    a: kernels.Part
+    b: kernels.Part
     threshold: float
 
     @property
@@ -60,9 +62,14 @@ class Predictor:
         with np.errstate(divide="ignore"):
             return np.float32(np.log(self.threshold) - np.log1p(-self.threshold))
 
+    def matrices(self) -> tuple[Floats, Floats]:
+        """a and b, float32."""
+        a, b = (ENCODINGS[part.encoding].decode(part.stored) for part in (self.a, self.b))
+        return a, b
+
     def scores(self, x: Floats) -> Floats:
         """x [tokens, d_model] -> b @ (a @ x), float32 [tokens, neurons]."""
-        return kernels.matmul(kernels.matmul(x, self.a), self.b)
+        return kernels.biased_products(kernels.biased_products(x, self.a), self.b)
 
     def predicted(self, x: Floats) -> NDArray[np.bool_]:
         """x [tokens, d_model] -> which neurons are predicted active, [tokens, neurons]."""
@@ -128,7 +135,31 @@ def load(file: BundleFile, group: Group) -> Predictor | None:
     entry = trained(file, group)
     if entry is None:
         return None
-    return Predictor(file.tensor(entry.a), file.tensor(entry.b), entry.threshold)
+    a, b = (_rows(file, name, entry.encoding) for name in (entry.a, entry.b))
+    return Predictor(a, b, entry.threshold)
+
+
+def _rows(file: BundleFile, name: str, encoding: EncodingName | None) -> kernels.Part:
+    stored = file.tensor(name).view(np.uint8)
+    return kernels.Part(stored, encoding or ENCODING_OF[file.tensor_entry(name).dtype])
+
+
+def stored(a: Floats, b: Floats) -> Predictor:
+    """The predictor of a [rank, d_model] and b [neurons, rank], with a threshold of 0.5, as it is
+    kept in memory and in files: in q8_0, or in f16 where rows are not whole blocks of it. Numbers
+    that are out of range become the largest there is."""
+    kind = ENCODINGS[encoding_of(*a.shape)]
+
+    def rows(matrix: Floats) -> kernels.Part:
+        return kernels.Part(kind.encode(matrix.clip(-kind.largest, kind.largest)), kind.name)
+
+    return Predictor(rows(a), rows(b), 0.5)
+
+
+def encoding_of(rank: int, d_model: int) -> EncodingName:
+    """What a predictor of that rank is stored in. Half of f16's bytes are as good: an error of
+    1/254 of a block's largest number is little against what a low rank misses."""
+    return "f16" if rank % ENCODINGS["q8_0"].block or d_model % ENCODINGS["q8_0"].block else "q8_0"
 
 
 class Selector(NamedTuple):
@@ -182,8 +213,7 @@ def untrained(selector: Selector, inputs: Floats, rank: int, recall: float) -> P
     scale = (inputs @ a.T).std(axis=0) + _tiny(outputs)
     a = np.concatenate([a / scale[:, None], [_constant(inputs)]])
     b = np.concatenate([basis * scale, middle[:, None]], axis=1) * (_PROBIT / errors)[:, None]
-    halves = Predictor(a.astype(np.float16), b.astype(np.float16), 0.5)
-    return calibrated(halves, _sampled(selector, inputs), recall)
+    return calibrated(stored(a, b), _sampled(selector, inputs), recall)
 
 
 def untrained_on_random(selector: Selector, like: Callable[[Floats], Floats]) -> Predictor:
@@ -196,7 +226,9 @@ def untrained_on_random(selector: Selector, like: Callable[[Floats], Floats]) ->
 
 def predictor_bytes(group: Group) -> int:
     """What an untrained predictor takes of memory."""
-    return 2 * min(RANK, group.d_model) * (group.d_model + group.neurons)
+    rank = min(RANK, group.d_model)
+    kind = ENCODINGS[encoding_of(rank, group.d_model)]
+    return rank * kind.nbytes(group.d_model) + group.neurons * kind.nbytes(rank)
 
 
 def untrained_bytes(group: Group) -> int:

@@ -24,6 +24,7 @@ from bundlefmt.flash.predictor import (
     Selector,
     calibrated,
     quality,
+    stored,
     untrained,
 )
 from bundlefmt.flash.traces import LayerTrace, parted
@@ -62,7 +63,7 @@ def train(
     training: Training,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> tuple[Predictor, Quality]:
-    """A layer's predictor in float16, and how well it does on the held-out part of the trace.
+    """A layer's predictor as it is stored, and how well it does on the held-out part of the trace.
     `advance` is told of tokens as they are trained on, each once in every epoch.
 
     Raises UsageError for a rank out of range, a trace too short, or PyTorch not installed.
@@ -76,12 +77,9 @@ def train(
     seen, held_out = parted(tokens)
     start = seen[:: -(-seen.size // _START_TOKENS)]
     predictor = untrained(selector, _inputs(trace, start), training.rank, training.recall)
-    a, b = (
-        torch.nn.Parameter(torch.from_numpy(m.astype(np.float32)))
-        for m in (predictor.a, predictor.b)
-    )
+    a, b = (torch.nn.Parameter(torch.from_numpy(matrix)) for matrix in predictor.matrices())
     _fit(torch, a, b, trace, seen, training, advance)
-    predictor = Predictor(_stored(a), _stored(b), 0.5)
+    predictor = stored(a.detach().numpy(), b.detach().numpy())
     predictor = calibrated(predictor, samples(trace, held_out), training.recall)
     return predictor, quality(predictor, samples(trace, held_out))
 
@@ -138,9 +136,3 @@ def _fit(
 
 def _inputs(trace: LayerTrace, tokens: NDArray[np.int64]) -> Floats:
     return trace.inputs[tokens].astype(np.float32)
-
-
-def _stored(parameter: Any) -> NDArray[np.float16]:
-    limits = np.finfo(np.float16)
-    values: Floats = parameter.detach().numpy()
-    return values.clip(limits.min, limits.max).astype(np.float16)

@@ -221,7 +221,7 @@ def _vector_length(tensor: Tensor | None) -> int:
 
 def _predictor_faults(header: Header) -> Iterator[FormatError]:
     groups = {(group.layer, group.expert): group for group in header.groups}
-    shapes = {tensor.name: list(tensor.shape) for tensor in header.tensors}
+    tensors = {tensor.name: tensor for tensor in header.tensors}
     seen: set[tuple[int, int | None]] = set()
     for i, predictor in enumerate(header.predictors):
         field = f"predictors[{i}]"
@@ -232,19 +232,27 @@ def _predictor_faults(header: Header) -> Iterator[FormatError]:
         if (predictor.layer, predictor.expert) in seen:
             yield _wrong("two predictors for one group", field, "one", group.label)
         seen.add((predictor.layer, predictor.expert))
-        a, b = shapes.get(predictor.a, []), shapes.get(predictor.b, [])
-        fits = (
-            len(a) == len(b) == 2
-            and a[0] >= 1
-            and ([b[0], b[1], a[1]] == [group.neurons, a[0], group.d_model])
-        )
-        if not fits:
-            yield _wrong(
-                "predictor of the wrong shape",
-                field,
-                f"tensors a [rank, {group.d_model}] and b [{group.neurons}, rank]",
-                f"{a} and {b}",
-            )
+        a, b = tensors.get(predictor.a), tensors.get(predictor.b)
+        rank = a.shape[0] if a is not None and a.shape else 0
+        matrices = {"a": (a, rank, group.d_model), "b": (b, group.neurons, rank)}
+        for name, (tensor, rows, columns) in matrices.items():
+            if tensor is None or not rank or not _holds(tensor, rows, columns, predictor.encoding):
+                yield _wrong(
+                    "not this predictor's matrix",
+                    f"{field}.{name}",
+                    f"{rows or 'rank'} rows of {columns or 'rank'} numbers, "
+                    + (f"each in U8 as {predictor.encoding}" if predictor.encoding else "floats"),
+                    "no tensor" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}",
+                )
+
+
+def _holds(tensor: Tensor, rows: int, columns: int, encoding: str | None) -> bool:
+    """Whether a tensor is a matrix of that shape: floats, or rows of bytes in an encoding."""
+    if encoding is None:
+        return tensor.dtype in dtypes.ENCODING_OF and list(tensor.shape) == [rows, columns]
+    blocks, rest = divmod(columns, ENCODINGS[encoding].block)
+    row = blocks * ENCODINGS[encoding].block_bytes
+    return tensor.dtype == "U8" and not rest and list(tensor.shape) == [rows, row]
 
 
 def _region_faults(superblock: Superblock, header: Header) -> Iterator[FormatError]:
