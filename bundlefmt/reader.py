@@ -143,35 +143,43 @@ class _Placed(NamedTuple):
         longest = min(max(MAX_REQUEST // stride, 1), MAX_VIEWS)
         unwanted = np.zeros(count, dtype=np.int64)  # bundles between this one and the one before
         unwanted[1:] = self.slots[1:] - self.slots[:-1] - 1
-        apart = unwanted > gap // stride
-        apart[:1] = True
+        begins = unwanted > gap // stride  # a request
+        begins[:1] = True
         # A run is cut every `longest` slots, of which each is at most one view.
-        turn = (self.slots - self.slots[apart][np.cumsum(apart) - 1]) // longest
-        begins = apart.copy()  # a request
+        turn = (self.slots - self.slots[begins][np.cumsum(begins) - 1]) // longest
         begins[1:] |= turn[1:] != turn[:-1]
         unwanted[begins] = 0
         breaks = begins | (unwanted > 0)  # rows that touch are one view
         breaks[1:] |= starts[1:] - starts[:-1] != stride
         firsts, views = np.flatnonzero(begins), np.flatnonzero(breaks)
-        ahead = np.where(begins[views], skip, 0)
-        view_starts, lengths = starts[views] + ahead, np.diff(views, append=count) * stride - ahead
-        bounds = np.append(np.searchsorted(views, firsts), views.size)
-        after_gap = np.flatnonzero(unwanted[views])
-        if after_gap.size:
-            view_starts = np.insert(view_starts, after_gap, SPARE)
-            lengths = np.insert(lengths, after_gap, unwanted[views[after_gap]] * stride)
-            bounds += np.searchsorted(after_gap, bounds)
+        # A gap is a view, too, before the one that it parts from those before.
+        gaps = unwanted[views]
+        gapped = gaps > 0
+        after = np.cumsum(gapped + 1)
+        view_starts = np.full(after[-1] if count else 0, SPARE)
+        view_lengths = np.empty(view_starts.size, dtype=np.int64)
+        view_starts[after - 1] = starts[views]
+        view_lengths[after - 1] = (_followed(views[1:], count) - views) * stride
+        view_lengths[after[gapped] - 2] = gaps[gapped] * stride
+        bounds = _followed(after[begins[views]] - 1, view_starts.size)
+        view_starts[bounds[:-1]] += skip
+        view_lengths[bounds[:-1]] -= skip
         return Requests(
             memory,
             self.slots[firsts] * stride + (group.bundles.offset + skip),
             bounds,
             view_starts,
-            lengths,
+            view_lengths,
             None
             if checksums is None
-            else Checks(np.append(firsts, count), starts, stride, checksums[self.slots]),
+            else Checks(_followed(firsts, count), starts, stride, checksums[self.slots]),
             spare,
         )
+
+
+def _followed(numbers: NDArray[np.int64], last: int) -> NDArray[np.int64]:
+    """The numbers and one more."""
+    return np.concatenate([numbers, [last]])
 
 
 def _as_memory(
@@ -180,6 +188,8 @@ def _as_memory(
     """The bytes from the lowest row's first to the highest row's last, and where in them some of
     the rows begin."""
     count, step = rows.shape[0], rows.strides[0]
+    if rows.flags.c_contiguous:
+        return rows.reshape(-1), some * step
     if step < 0:
         rows = rows[::-1]
     length = abs(step) * (count - 1) + rows.shape[1] if count else 0

@@ -249,20 +249,31 @@ def test_a_prompt_leaves_what_was_used_last(used: list[int], pieces: int, slots:
 
 
 def test_guesses_are_read_only_while_they_are_good() -> None:
-    ahead = ReadAhead(NEURONS)
+    ahead = ReadAhead(NEURONS, 100)
     assert not ahead.pays  # nothing is known yet
     few, many = np.arange(4), np.arange(20)
     ahead.guess(few)
-    ahead.learn(np.array([0, 1, 2, 30]))
+    ahead.learn(np.array([0, 1, 2, 30]), 4)
     assert ahead.pays
     for _ in range(3):
         ahead.guess(many)
-        ahead.learn(few)
+        ahead.learn(few, 3)
     assert not ahead.pays
     for _ in range(40):
         ahead.guess(few)
-        ahead.learn(many)
+        ahead.learn(many, 20)
     assert ahead.pays
+
+
+def test_a_guess_is_made_where_tokens_lack_more_than_it_costs() -> None:
+    ahead = ReadAhead(NEURONS, 100)
+    few = np.arange(4)
+    assert ahead.worth_guessing(1 << 30)  # nothing is known yet
+    for lacked in (0, 20, 0):
+        for _ in range(100):
+            ahead.learn(few, lacked)
+        assert ahead.worth_guessing(10 * 100) == bool(lacked)
+        assert not ahead.worth_guessing(1 << 30)
 
 
 def test_the_counters_add_up() -> None:

@@ -257,7 +257,7 @@ BAD_OPEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
                 ]
             )
         ),
-        "header.predictors[0]",
+        "header.predictors[0].a",
     ),
 }
 

@@ -35,6 +35,7 @@ class Replayed:
     def __init__(
         self, layer: int, predictor: Predictor, trace: Trace, early: tuple[float, float]
     ) -> None:
+        self.guess_bytes = predictor.nbytes
         self._layer = layer
         self._predictor = predictor
         self._trace = trace

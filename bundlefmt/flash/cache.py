@@ -176,12 +176,12 @@ class NeuronCache:
         self._pool.weigh(self._first + ids)
         best = np.flatnonzero((slots < 0) & (self._expected_slot_of[ids] < 0))
         best = best[np.argsort(-self._policy.worth[ids[best]], kind="stable")]
-        vacant = self._pool.vacant(best.size)
+        vacant = self._pool.claim(best.size)
         worth = self._policy.worth[ids[best[vacant.size :]]]
         rivals = self._pool.least(worth.size, slots[slots >= 0])
         better = worth[: rivals.size] > self._pool.worth_in(rivals)
+        self._pool.take(rivals[better])
         self._awaited = room = np.concatenate([vacant, rivals[better]])
-        self._pool.take(room)
         return best[: room.size], room
 
     def commit(self, ids: Ids, slots: Slots) -> None:
@@ -221,13 +221,13 @@ class NeuronCache:
 
     def _make_room(self, count: int, kept: Slots) -> Slots:
         """Up to `count` slots, none of those `kept`; what was in them gives way."""
-        room = self._pool.vacant(count)
-        if room.size < count:
-            rivals = self._pool.least(count - room.size, kept)
-            self.stats.evictions += rivals.size
-            room = np.concatenate([room, rivals])
-        self._pool.take(room)
-        return room
+        room = self._pool.claim(count)
+        if room.size == count:
+            return room
+        rivals = self._pool.least(count - room.size, kept)
+        self._pool.take(rivals)
+        self.stats.evictions += rivals.size
+        return np.concatenate([room, rivals])
 
 
 def caches(

@@ -16,6 +16,7 @@ from bundlefmt.flash.policies import Worth, unused
 from bundlefmt.kernels import Floats
 
 _QUEUED = 64  # one slot in so many; with longer queues more is overlooked that is worth less
+_NEAR = 256  # slots
 _FORESIGHT = 4  # queues
 _MOST = float(np.finfo(np.float64).max)  # that a neuron is worth
 
@@ -37,7 +38,7 @@ class SlotPool:
         self.worth = unused(neurons)
         self._in_use = np.zeros(neurons, dtype=np.bool_)
         self._neuron_in = np.full(slots, -1, dtype=np.int32)
-        self._vacant = np.ones(slots, dtype=np.bool_)
+        self._vacant = np.arange(slots, dtype=np.int32)[::-1].copy()  # the first of these, a stack
         self._vacancies = slots
         self._kept = np.zeros(slots, dtype=np.bool_)  # for as long as a call takes
         # What slots are worth, infinity for those without a neuron or with one in use; and those
@@ -52,9 +53,11 @@ class SlotPool:
         """Float32 [slots] of that name, for numbers that belong to the bundles."""
         return self._beside.setdefault(name, np.zeros(self.rows.shape[0], dtype=np.float32))
 
-    def vacant(self, count: int) -> Slots:
-        """Up to `count` vacant slots."""
-        return np.flatnonzero(self._vacant)[:count] if self._vacancies else _NONE
+    def claim(self, count: int) -> Slots:
+        """Up to `count` slots that were vacant: someone is going to fill them."""
+        before = self._vacancies
+        self._vacancies -= min(count, before)
+        return self._vacant[self._vacancies : before][::-1].astype(np.int64)
 
     def least(self, count: int, kept: Slots) -> Slots:
         """Up to `count` slots with neurons in them that are not in use, in the order in which they
@@ -68,20 +71,18 @@ class SlotPool:
         return found
 
     def take(self, slots: Slots) -> None:
-        """Whatever is in these slots is there no more, and they are not vacant: someone is going to
-        fill them."""
+        """What is in these slots is there no more: someone is going to fill them."""
         gone = self._neuron_in[slots]
         self.slot_of[gone[gone >= 0]] = -1
         self._neuron_in[slots] = -1
         self._price[slots] = np.inf
-        self._vacancies -= int(np.count_nonzero(self._vacant[slots]))
-        self._vacant[slots] = False
 
     def vacate(self, slots: Slots) -> None:
         """Nobody is going to fill these slots, or needs what is in them."""
         self.take(slots)
-        self._vacant[slots] = True
+        before = self._vacancies
         self._vacancies += slots.size
+        self._vacant[before : self._vacancies] = slots
 
     def hold(self, neurons: Neurons, slots: Slots) -> None:
         """The neurons are in these slots, which were taken."""
@@ -93,8 +94,7 @@ class SlotPool:
         """A group's latest token uses these neurons, the one before it those."""
         self._in_use[before] = False
         self._in_use[neurons] = True
-        self.weigh(before)
-        self.weigh(neurons)
+        self.weigh(np.concatenate([before, neurons]))
 
     def weigh(self, neurons: Neurons) -> None:
         """The worth of these neurons has changed."""
@@ -108,7 +108,15 @@ class SlotPool:
         return self.worth[self._neuron_in[slots]]
 
     def _from_queue(self, count: int) -> Slots:
-        """The first `count` that are still worth what they were, and may go."""
+        """The first `count` that are still worth what they were, and may go. Mostly those near the
+        queue's head will do."""
+        near = self._queue[: 2 * count + _NEAR]
+        good = (self._price[near] == self._queued[: near.size]) & ~self._kept[near]
+        places = np.flatnonzero(good)[:count]
+        if places.size == count:
+            gone = places[0] if count else 0
+            self._queue, self._queued = self._queue[gone:], self._queued[gone:]
+            return near[places]
         same = self._price[self._queue] == self._queued
         self._queue, self._queued = self._queue[same], self._queued[same]
         return self._queue[~self._kept[self._queue]][:count]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +58,11 @@ class Predictor:
     threshold: float
 
     @property
+    def nbytes(self) -> int:
+        """What its matrices take of memory."""
+        return self.a.stored.nbytes + self.b.stored.nbytes
+
+    @cached_property
     def cut(self) -> np.float32:
         """The score that the threshold stands for: sigmoid(cut) = threshold."""
         with np.errstate(divide="ignore"):

@@ -2,8 +2,10 @@
 
 Facts: the FFN's input differs from what it would be without the attention before it by what
 attention adds, mostly little, so a predictor that is fed with the one names most of the neurons
-that it names for the other. What it names wrongly costs the device time that is needed elsewhere.
-Strategy: guess for every token, and count, but read only where guesses have been good.
+that it names for the other. What it names wrongly costs the device time that is needed elsewhere,
+and the guess itself is a product with the predictor's weights. Strategy: guess where tokens lack so
+much that reading it takes longer than guessing, and count, but read only where guesses have been
+good.
 """
 
 from __future__ import annotations
@@ -13,17 +15,26 @@ from numpy.typing import NDArray
 
 MOST_WASTED = 0.25  # of what is read ahead
 _MEMORY = 0.9  # share of the count that is kept from one token to the next
+_FASTER = 10  # times that weights in memory are multiplied faster than bundles are read, roughly
 
 Ids = NDArray[np.int64]
 
 
 class ReadAhead:
-    """One group's guesses: neurons that are not in the cache and may be needed."""
+    """One group's guesses: neurons that are not in the cache and may be needed. A bundle has
+    `stride` bytes."""
 
-    def __init__(self, neurons: int) -> None:
+    def __init__(self, neurons: int, stride: int) -> None:
+        self._stride = stride
+        self._lacked: float | None = None  # bundles that a token did not find in the cache
         self._guess: Ids | None = None
         self._needed = np.zeros(neurons, dtype=np.bool_)
         self._guessed = self._useful = 0.0
+
+    def worth_guessing(self, guess_bytes: int) -> bool:
+        """Whether a guess, which is computed from so many bytes of weights, may save more than it
+        costs."""
+        return self._lacked is None or self._lacked * self._stride * _FASTER >= guess_bytes
 
     @property
     def pays(self) -> bool:
@@ -35,8 +46,11 @@ class ReadAhead:
         """These neurons are not in the cache, and are thought to be needed next."""
         self._guess = ids
 
-    def learn(self, needed: Ids) -> None:
-        """These neurons are needed."""
+    def learn(self, needed: Ids, lacked: int) -> None:
+        """These neurons are needed; so many of them were not in the cache before anything was
+        read."""
+        before = lacked if self._lacked is None else self._lacked
+        self._lacked = _MEMORY * before + (1 - _MEMORY) * lacked
         if self._guess is None:
             return
         self._needed[needed] = True

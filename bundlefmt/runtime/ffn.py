@@ -87,7 +87,7 @@ class FfnLayer:
         self.observer: Observer | None = None
         self._streamer = streamer
         self._clock = clock
-        self._ahead = ReadAhead(group.neurons)
+        self._ahead = ReadAhead(group.neurons, group.stride)
         # Reads into the cache: those begun before their neurons were known, and the others. They
         # are kept until they have ended, for then their slots may go to others.
         self._early: Pending | None = None
@@ -132,6 +132,8 @@ class FfnLayer:
         self._drop_early(self.cache)
         if x.shape[0] > 1 or not self._takes_cache(x):
             return
+        if not self._ahead.worth_guessing(self._select.guess_bytes):
+            return
         guess = self._select.guess(x)
         if guess is not None:
             self._ahead.guess(self.cache.absent(guess))
@@ -155,10 +157,10 @@ class FfnLayer:
             pieces = self._streamer.bundles(self.group, selected.ids, self._known)
             return lambda: self._biased(self._streamed(x, selected, pieces))
         cache = self.cache
-        if x.shape[0] == 1:
-            self._ahead.learn(selected.ids)
         admission = cache.admit(selected.ids)
-        if x.shape[0] > 1:
+        if x.shape[0] == 1:
+            self._ahead.learn(selected.ids, selected.ids.size - admission.held.size)
+        else:
             self._last = x.shape[0], selected, admission
         missing = selected.ids[admission.missing]
         self._late = pending = self._submit(missing, cache.rows, admission.missing_slots)

@@ -72,6 +72,8 @@ class Selected(NamedTuple):
 class Selection(Protocol):
     """Chooses neurons for tokens x [tokens, d_model], in the order in which the file has them."""
 
+    guess_bytes: int  # of the weights that a guess is computed from
+
     def __call__(self, x: Floats) -> Selected: ...
 
     def guess(self, x: Floats) -> Ids | None:
@@ -81,6 +83,8 @@ class Selection(Protocol):
 
 class Dense:
     """All of them."""
+
+    guess_bytes = 0
 
     def __init__(self, order: Ids) -> None:
         self._all = Selected(order, None)
@@ -94,6 +98,8 @@ class Dense:
 
 class Exact:
     """Those whose activation is not zero for every token, by the selector itself."""
+
+    guess_bytes = 0
 
     def __init__(self, order: Ids, selector: kernels.Part, act: kernels.ActivationFunction) -> None:
         self._order = order
@@ -118,6 +124,7 @@ class Predicted:
     many of a prompt, nearly all of which some token needs, all of them."""
 
     def __init__(self, order: Ids, predictor: Predictor) -> None:
+        self.guess_bytes = predictor.nbytes
         self._order = order
         self._predictor = predictor
 
