@@ -15,6 +15,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -207,8 +208,8 @@ def commit() -> str:
 
 def command() -> str:
     """How this was run, without its paths' folders."""
-    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
-    return " ".join(["python -m", f"bench.{Path(sys.argv[0]).stem}", *words])
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return f"python -m bench.{Path(sys.argv[0]).stem} {shlex.join(words)}"
 
 
 def say(text: str) -> None:

@@ -1,7 +1,9 @@
 """The device under a path, measured into a profile for the cost model.
 
 Strategy: what the runtime will do is what is measured: one batch after the other through the
-reader, by the backend that it would take. In each round every size and every number of requests has
+reader, by the backend that it would take, between computations and beside one, as a layer's cached
+neurons are computed while the others come. On a machine that computes with all of its cores that
+tells: small batches take twice as long. In each round every size and every number of requests has
 its turn, at places drawn anew, so that a disk that others use slows down all of them alike; medians
 over the rounds count. Bundles are not checked: the reader checks some while others come.
 """
@@ -29,7 +31,7 @@ from bundlefmt.layout.header import Group, Part, Region, Span
 from bundlefmt.measurement import machine
 from bundlefmt.measurement.reads import Pattern, Taken, timed
 from bundlefmt.measurement.target import DEFAULT_SIZE, target, touched
-from bundlefmt.reader import Reader
+from bundlefmt.reader import Pending, Reader
 from bundlefmt.storage.backends import Backend, open_backend
 from bundlefmt.storage.buffers import PAGE
 from bundlefmt.storage.device import device_identity, drop_cache
@@ -43,6 +45,7 @@ _MOST_BYTES = 32 << 20  # of a batch, and of a span read in sequence
 _LEAST_SIZE = 2 * _MOST_BYTES  # no two requests of a batch touch
 _LEAST_ROUNDS = 3
 _MATRIX = (32768, 4096)  # 256 MiB of f16: far more than any cache holds
+_BESIDE = 2048  # rows of it, 16 MiB: about what a layer computes from while it reads
 
 
 @dataclass(frozen=True)
@@ -170,14 +173,18 @@ def _whole(path: str, stride: int) -> _Whole:
 
 
 class _Rounds:
-    """What was taken round after round: `batches` by size and number of requests, `spans` in
-    sequence, `products` with `weights`."""
+    """What was taken round after round: seconds of `batches` by size and number of requests, of
+    those of the most requests for each size the CPU's `alone`, `spans` in sequence, `products` with
+    `weights`."""
 
     def __init__(self, path: str, backend: Backend, memory: NDArray[np.uint8]) -> None:
-        self.batches: dict[tuple[int, int], list[Taken]] = {
+        self.batches: dict[tuple[int, int], list[float]] = {
             (size, count): []
             for size, count in itertools.product(SIZES, COUNTS)
             if size * count <= memory.nbytes
+        }
+        self.alone: dict[tuple[int, int], list[Taken]] = {
+            (size, max(count for of, count in self.batches if of == size)): [] for size in SIZES
         }
         self.spans: list[Taken] = []
         self.products: list[Taken] = []
@@ -192,25 +199,41 @@ class _Rounds:
     def take(self) -> None:
         """One round."""
         drop_cache(self._path)
-        for setting, taken in self.batches.items():
-            taken.append(self._batch(*setting))
+        for setting, seconds in self.batches.items():
+            seconds.append(self._beside_computing(*setting))
+        for setting, taken in self.alone.items():
+            taken.append(self._alone(*setting))
         start = int(self._random.integers(self._size - _MOST_BYTES + 1)) // PAGE * PAGE
         pieces = self._sequential.pieces(start, _MOST_BYTES)
         self.spans.append(timed(lambda: deque(pieces, maxlen=0))[1])
-        x = np.ones((1, _MATRIX[1]), dtype=np.float32)
-        self.products.append(timed(lambda: kernels.matmul(x, self.weights))[1])
+        self.products.append(timed(lambda: self._compute(_MATRIX[0]))[1])
 
-    def _batch(self, size: int, count: int) -> Taken:
+    def _beside_computing(self, size: int, count: int) -> float:
+        """Seconds from when a batch is submitted until all of it is there."""
+        self._compute(_BESIDE)
+        pending = self._submit(size, count)
+        self._compute(_BESIDE)
+        pending.result()
+        began, ended = pending.span
+        return (ended - began) / 1e9
+
+    def _alone(self, size: int, count: int) -> Taken:
+        return timed(lambda: self._submit(size, count).result())[1]
+
+    def _compute(self, rows: int) -> None:
+        kernels.matmul(np.ones((1, _MATRIX[1]), dtype=np.float32), self.weights[:rows])
+
+    def _submit(self, size: int, count: int) -> Pending:
         (neurons,) = Pattern(count).draw(self._size // size, 1, 1, self._random)
         out = self._memory[: size * count].reshape(count, size)
-        return timed(lambda: self._readers[size].read(0, neurons, out=out))[1]
+        return self._readers[size].submit(0, neurons, out=out)
 
     def cost(self, size: int) -> SizeCost:
-        """What the medians say of a size; CPU time is that of the largest batches."""
+        """What the medians say of a size; CPU time is that of the largest batches, alone."""
         counts = [count for of, count in self.batches if of == size]
-        seconds = [_median(self.batches[size, count]) for count in counts]
-        largest = self.batches[size, counts[-1]]
-        cpu = statistics.mean(taken.cpu_seconds for taken in largest) / counts[-1]
+        seconds = [statistics.median(self.batches[size, count]) for count in counts]
+        alone = self.alone[size, counts[-1]]
+        cpu = statistics.mean(taken.cpu_seconds for taken in alone) / counts[-1]
         return SizeCost(size, counts, seconds, cpu)
 
 
