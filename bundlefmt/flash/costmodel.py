@@ -1,9 +1,10 @@
 """What reads from a device cost: the arithmetic, free of I/O.
 
 Strategy: what limits sparse reading is the number of requests. Batches of several numbers of random
-requests were measured at some sizes, at the depth that the reader keeps, beside a computation as in a pass;
-what a batch of n requests of s bytes takes is interpolated between them, log on log in both: about
-a latency and so much for each request. One long span takes what the sequential rate says.
+requests were measured at some sizes, at the depth that the reader keeps, beside a computation as in
+a pass; what a batch of n requests of s bytes takes is interpolated between them, log on log in
+both: about a latency and so much for each request. One long span takes what the sequential rate
+says.
 """
 
 from __future__ import annotations
