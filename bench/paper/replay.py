@@ -7,8 +7,10 @@ import numpy as np
 
 from bench.paper.figures import PaperModel
 from bench.paper.traces import HISTORY, Trace
-from bundlefmt.flash.predictor import Predictor, stored
+from bundlefmt import kernels
+from bundlefmt.flash.predictor import Predictor, encoding_of
 from bundlefmt.kernels import Floats
+from bundlefmt.layout.encodings import ENCODINGS
 from bundlefmt.layout.header import Group
 from bundlefmt.runtime.generate import Model
 from bundlefmt.runtime.selection import Ids, Selected
@@ -18,13 +20,19 @@ _BLOCK = 1 << 20  # random numbers, repeated: a product's cost is the same for a
 
 
 def random_predictors(groups: list[Group], paper: PaperModel) -> list[Predictor]:
-    """One per layer, of the paper's ranks."""
+    """One per layer, of the paper's ranks, stored as a trained one is."""
     block = np.random.default_rng(1).standard_normal(_BLOCK, dtype=np.float32) / 64
-    ranks = [paper.rank_of(group.layer, len(groups)) for group in groups]
-    return [
-        stored(np.resize(block, (rank, group.d_model)), np.resize(block, (group.neurons, rank)))
-        for group, rank in zip(groups, ranks, strict=True)
-    ]
+    encoded = {name: ENCODINGS[name].encode(block) for name in ("f16", "q8_0")}
+
+    def predictor(rank: int, group: Group) -> Predictor:
+        encoding = encoding_of(rank, group.d_model)
+        a, b = (
+            np.resize(encoded[encoding], (rows, ENCODINGS[encoding].nbytes(columns)))
+            for rows, columns in ((rank, group.d_model), (group.neurons, rank))
+        )
+        return Predictor(kernels.Part(a, encoding), kernels.Part(b, encoding), 0.5)
+
+    return [predictor(paper.rank_of(group.layer, len(groups)), group) for group in groups]
 
 
 class Replayed:
