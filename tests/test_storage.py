@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,9 @@ def scratch(tmp_path: Path, files: dict[int, Path]) -> Path:
     return path
 
 
-def opened(path: Path, name: str, in_flight: int = 4) -> Backend:
-    """The backend, or a skip where this machine or file system has none such."""
+def opened(path: Path, name: str, threads: int = 4, depth: int | None = None) -> Backend:
+    """The backend, or a skip where this machine or file system has none such; as deep a queue as
+    there are threads where nothing else is said."""
     name, _, twin = name.partition(" in ")
     refusal = probe_direct(path).refusal
     if name in ("direct", "uring") and refusal is not None:
@@ -70,7 +72,7 @@ def opened(path: Path, name: str, in_flight: int = 4) -> Backend:
         if twin:
             patch.setattr(native, "core", None)
         try:
-            return open_backend(path, name, in_flight, in_flight)[0]
+            return open_backend(path, name, threads, threads if depth is None else depth)[0]
         except ReadError as error:
             if not error.what.startswith("no io_uring"):
                 raise
@@ -213,6 +215,22 @@ def test_auto_takes_direct_where_there_is_no_core_and_says_so(
 def test_an_unknown_backend_is_refused_naming_those_there_are(files: dict[int, Path]) -> None:
     with pytest.raises(UsageError, match="auto, uring, direct, buffered, mmap"):
         open_backend(files[PADDED], "io_uring")
+
+
+def test_io_uring_has_its_depth_in_flight_whatever_the_threads(files: dict[int, Path]) -> None:
+    """Reads that go one at a time take in sum no longer than from first to last; those that are
+    queued together all wait from the start."""
+
+    def overlap(threads: int, depth: int) -> float:
+        backend = opened(files[PADDED], "uring", threads, depth)
+        memory = aligned_empty(8 * 4096).reshape(8, 4096)
+        began = time.perf_counter_ns()
+        batch = backend.submit(whole_rows(memory, np.arange(8) * 8192))
+        batch.wait()
+        backend.close()
+        return sum(batch.latencies) / (batch.finished - began)
+
+    assert overlap(threads=8, depth=1) < 1.5 < overlap(threads=1, depth=8)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

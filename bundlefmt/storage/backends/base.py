@@ -102,13 +102,15 @@ class Engine(Protocol):
 class Backend:
     """A way to read a file. Any offset, length and memory may be asked for; what is aligned to
     `offset_alignment` and `memory_alignment` needs no copy. At most `in_flight` requests are with
-    the device at once. Most of them read into `memory`, if one is given.
+    the device at once: one for each thread, or, where it is `queued`, `queue_depth` of one thread.
+    Most of them read into `memory`, if one is given.
 
     A subclass opens the file, says what serves its batches (`_engine`) and, if need be, what to do
     with a batch beforehand (`_prepare`).
     """
 
     name: ClassVar[str]
+    queued: ClassVar[bool] = False
     offset_alignment = 1
     memory_alignment = 1
     _engine: Engine | None = None
@@ -126,7 +128,7 @@ class Backend:
                     "nothing to read with", field=field, expected="1 or more", found=number
                 )
         self.path = os.fspath(path)
-        self.in_flight = threads
+        self.in_flight = queue_depth if self.queued else threads
         self._memory = memory
         self._owner = os.getpid()
 

@@ -135,6 +135,7 @@ class Uring(Direct):
     """O_DIRECT reads through one io_uring of `queue_depth`, with which `memory` is registered."""
 
     name = "uring"
+    queued = True
 
     def __init__(
         self,
@@ -146,7 +147,6 @@ class Uring(Direct):
         if native.core is None:
             raise ReadError(f"no io_uring without the native core: {native.reason}", file=path)
         super().__init__(path, threads, queue_depth, memory)
-        self.in_flight = queue_depth
 
     def _start(self) -> Engine:
         try:
