@@ -144,7 +144,8 @@ def _traces(report: Report) -> str:
         f"for a token (paper: {paper.predicted:.1%}, of which truly active {paper.active:.0%} of "
         f"all); {found.persisting:.0%} of them are needed by the next one too (Jaccard "
         f"{found.jaccard:.2f}). Early guesses: recall {report.early['recall']:.2f}, "
-        f"{report.early['wrong']:.2f} of them wrong. By tokens in the window:\n\n"
+        f"{report.early['wrong']:.2f} of them wrong. Predictors are random, of the paper's ranks, "
+        "stored as trained ones are. By tokens in the window:\n\n"
         + table(["", *map(str, windows)], rows)
     )
 
