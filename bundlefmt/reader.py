@@ -38,6 +38,8 @@ from bundlefmt.storage.buffers import aligned_empty
 # sequential rate: `bundlefmt bench --chunk-size 64K,256K,1M` measures it again.
 MAX_REQUEST = 1 << 20
 
+_LATEST = 16  # spans that one which is told of late may still overlap
+
 Neurons = Sequence[int] | NDArray[np.integer[Any]]
 
 
@@ -53,7 +55,8 @@ class Catalogue(Protocol):
 
 @dataclass
 class ReadStats:
-    """Counters since a reader was opened, of batches that have succeeded."""
+    """Counters since a reader was opened, of batches that have succeeded: its own, and those of
+    others that read for the same model."""
 
     requests: int = 0
     bundles: int = 0
@@ -61,18 +64,35 @@ class ReadStats:
     bytes_read: int = 0
     seconds: float = 0.0  # spent waiting for reads
     busy_seconds: float = 0.0  # during which reads were in flight
-    _busy_until = 0  # ns
+
+    def __post_init__(self) -> None:
+        self._latest: list[tuple[int, int]] = []  # spans of reads that do not touch, in ns
 
     @property
     def read_amplification(self) -> float:
         """Bytes read / bytes asked for; 0 when nothing was asked for."""
         return self.bytes_read / self.bytes_asked if self.bytes_asked else 0.0
 
-    def add_span(self, began: int, finished: int) -> None:
-        """Reads were in flight from one moment to the other, in ns: what batches before them have
-        not counted yet is counted as busy."""
-        self.busy_seconds += max(finished - max(began, self._busy_until), 0) / 1e9
-        self._busy_until = max(self._busy_until, finished)
+    def add(self, asked: ReadStats, batch: Batch, began: int, waited: float) -> None:
+        """All of a batch is there: it was to read what was `asked`, was submitted at `began` (as
+        `time.perf_counter_ns` counts), and was waited for so many seconds."""
+        self.requests += asked.requests
+        self.bundles += asked.bundles
+        self.bytes_asked += asked.bytes_asked
+        self.bytes_read += batch.bytes_read
+        self.seconds += waited
+        if batch.finished > began:
+            self._in_flight(began, batch.finished)
+
+    def _in_flight(self, began: int, ended: int) -> None:
+        """Reads were, meanwhile: what others have not counted yet is counted as busy."""
+        touching = [span for span in self._latest if span[0] <= ended and began <= span[1]]
+        apart = [span for span in self._latest if span not in touching]
+        first = min([began, *(span[0] for span in touching)])
+        last = max([ended, *(span[1] for span in touching)])
+        counted = sum(span[1] - span[0] for span in touching)
+        self.busy_seconds += (last - first - counted) / 1e9
+        self._latest = [*apart[-_LATEST:], (first, last)]
 
     def since(self, before: ReadStats) -> ReadStats:
         """What has been added since these counters were `before`."""
@@ -236,12 +256,8 @@ class Pending:
                 self._reads.wait()
             except Damaged as damage:
                 raise self._error(damage) from None
-            self._stats.seconds += time.perf_counter() - start
-            self._stats.requests += self._asked.requests
-            self._stats.bundles += self._asked.bundles
-            self._stats.bytes_asked += self._asked.bytes_asked
-            self._stats.bytes_read += self._reads.bytes_read
-            self._stats.add_span(*self.span)
+            waited = time.perf_counter() - start
+            self._stats.add(self._asked, self._reads, self._began, waited)
             if self._placed.twins.size:
                 bundles.raw[self._placed.twins] = bundles.raw[self._placed.firsts]
             self._done = True

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from bundlefmt.flash.budget import Needs, divide
 from bundlefmt.flash.predictor import read_selector, untrained
 from bundlefmt.flash.readahead import MOST_WASTED
 from bundlefmt.layout.header import Predictor
+from bundlefmt.runtime.config import decoder_config
 from bundlefmt.runtime.generate import Model
 from bundlefmt.runtime.memory import POLICIES, Caching, make_caches
+from bundlefmt.runtime.weights import attention_matrices
 from tests.conftest import FIXTURES, without_sanitizers
 
 PLENTY = 1 << 40
@@ -198,6 +201,24 @@ def test_attention_that_does_not_fit_is_streamed(demo_bundle: Path, mode: str) -
         assert model.budget is not None
         assert not model.budget.streamed
         assert model.generate(PROMPT, 24) == expected
+
+
+def test_streamed_attention_is_counted(demo_bundle: Path) -> None:
+    with cached(demo_bundle, least_memory(demo_bundle, tokens=64)) as model:
+        config = decoder_config(model.file.config, len(model.file.groups))
+        attention = sum(
+            matrix.data.length
+            for layer in range(len(config.layers))
+            for matrix in attention_matrices(model.file, config, layer)
+        )
+        cache = model.decoder.new_cache()
+        model.decoder.forward([1], cache)
+        before = replace(model.reader.stats)
+        model.decoder.forward([2], cache)
+        found = model.reader.stats.since(before)
+        bundles = found.bundles * model.file.groups[0].stride
+        assert found.bytes_read == found.bytes_asked == bundles + attention
+        assert found.busy_seconds > 0
 
 
 def test_damage_to_streamed_attention_is_found(demo_bundle: Path, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ from safetensors.numpy import load_file
 import bundlefmt
 from bundlefmt.errors import BundleError, FormatError, ReadError, UsageError
 from bundlefmt.layout.constants import PARTS
-from bundlefmt.reader import Reader
-from bundlefmt.storage.backends import BACKENDS
+from bundlefmt.reader import Reader, ReadStats
+from bundlefmt.storage.backends import BACKENDS, Batch
 from bundlefmt.storage.buffers import aligned_empty
 from bundlefmt.storage.device import DirectIO, probe_direct
 from tests.conftest import FIXTURES, REFUSED, VECTORS, backends, flipped, prefixes, slices
@@ -670,3 +671,24 @@ def test_the_parts_of_a_batch_are_those_of_its_group(reader: Reader) -> None:
     assert [part.name for part in batch.group.bundled] == list(PARTS)
     assert batch.gate.base is not None  # a view of `raw`, not a copy
     assert np.shares_memory(batch.gate, batch.raw)
+
+
+# The counters
+
+
+@given(spans=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=16))
+def test_a_moment_in_which_reads_are_in_flight_is_counted_once(
+    spans: list[tuple[int, int]],
+) -> None:
+    """Whenever they began, ended, and were told of."""
+    stats = ReadStats()
+    asked = ReadStats(requests=2, bundles=3, bytes_asked=10)
+    for began, length in spans:
+        batch = SimpleNamespace(bytes_read=12, finished=began + length)
+        stats.add(asked, cast(Batch, batch), began, waited=0.5)
+    moments = {moment for began, length in spans for moment in range(began, began + length)}
+    assert stats.busy_seconds == pytest.approx(len(moments) / 1e9)
+    count = len(spans)
+    assert (stats.requests, stats.bundles) == (2 * count, 3 * count)
+    assert (stats.bytes_asked, stats.bytes_read) == (10 * count, 12 * count)
+    assert stats.seconds == 0.5 * count

@@ -29,7 +29,6 @@ from bundlefmt.file import BundleFile
 from bundlefmt.runtime.decoder import Decoder
 from bundlefmt.runtime.generate import Model, load_model
 from bundlefmt.runtime.timeline import drawing
-from bundlefmt.runtime.weights import attention_matrices
 
 _FIRST = 3  # tokens of a replay that are not counted: memory is touched, the cache settles
 
@@ -131,7 +130,6 @@ def _options(settings: Settings) -> dict[str, Any]:
 
 
 def _timed(model: Model, tokens: Iterator[None]) -> Iterator[Token]:
-    streamed = _streamed_bytes(model)
     for number in range(sys.maxsize):
         before, stages = replace(model.reader.stats), dict(model.clock.seconds)
         model.clock.keep_spans()
@@ -142,24 +140,12 @@ def _timed(model: Model, tokens: Iterator[None]) -> Iterator[Token]:
         if number >= _FIRST:
             yield Token(
                 seconds,
-                io=None if streamed else stats.busy_seconds,  # what reads attention does not count
+                io=stats.busy_seconds,
                 waited=model.clock.seconds["wait"] - stages["wait"],
                 manage=model.clock.seconds["manage"] - stages["manage"],
-                nbytes=stats.bytes_read + streamed,
+                nbytes=stats.bytes_read,
                 requests=stats.requests,
             )
-
-
-def _streamed_bytes(model: Model) -> int:
-    """Of attention that finds no room, and is read anew for every token by a reader of its own."""
-    if model.budget is None:
-        return 0
-    config = model.decoder.config
-    return sum(
-        matrix.data.length
-        for layer in model.budget.streamed
-        for matrix in attention_matrices(model.file, config, layer)
-    )
 
 
 def outside_step(settings: Settings) -> Iterator[Token]:

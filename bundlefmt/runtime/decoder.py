@@ -136,8 +136,10 @@ class Decoder:
     def _attention(self, layer: Layer, x: Floats, seen: LayerCache) -> Floats:
         index = layer.ffn.group.layer
         if self._rotation is not None:
-            self._rotation.need(index)
+            span = self._rotation.need(index)
             self.clock.lap("wait", index)
+            if span is not None:
+                self.clock.read(index, span)
         y = layer.attention(x, seen)
         self.clock.lap("attention", index)
         return y

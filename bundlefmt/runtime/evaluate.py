@@ -29,8 +29,9 @@ _LOGITS_BYTES = 32 << 20  # of log-probabilities in memory at once, for one mode
 @dataclass(frozen=True)
 class EvalReport:
     """How a mode predicts a text. `tokens` are those scored: all but the first; `text_bytes` is
-    their UTF-8. `nll` is the mean negative log-likelihood, in nats per token. Bytes of bundles
-    read are per token fed, with `tokens_at_once` of them sharing their reads at most.
+    their UTF-8. `nll` is the mean negative log-likelihood, in nats per token. Bytes read, of
+    bundles and of attention that finds no room, are per token fed, with `tokens_at_once` of them
+    sharing their reads at most.
 
     `dense` is the same text in mode dense; against it stand `top1_agreement`, the share of tokens
     whose likeliest prediction is the same, and `kl`, the mean KL(dense || mode) in nats per token.

@@ -80,15 +80,11 @@ class Model:
             self._eos = config.eos | _eos(self.file)
             self._tokens: int | None = None  # that the budget is for
             caches = Caches([None] * len(self.file.groups), None)
-            rotation: Rotation | None = None
             if caching is not None:
                 backend = caching.backend(backend)
                 self._tokens = caching.tokens_of(config)
                 self.budget = plan(self.file, config, selecting, caching)
                 caches = make_caches(self.budget, self.file.groups, caching)
-                rotation = self._rotation(config, self.budget, verify)
-                if rotation is not None:
-                    stack.callback(rotation.close)
             self.caches = caches.groups
             self.reader: Reader = stack.enter_context(
                 self.file.reader(
@@ -100,6 +96,10 @@ class Model:
                     gap=_paying_gap(self.file) if gap is None else gap,
                 )
             )
+            rotation: Rotation | None = None
+            if self.budget is not None and self.budget.streamed:
+                rotation = self._rotation(config, self.budget.streamed, verify)
+                stack.callback(rotation.close)
             self.decoder = Decoder(
                 config,
                 self.file,
@@ -194,12 +194,10 @@ class Model:
             draft.decoder, draft._new_cache(min(length, context)), tokens, self.draft_stats
         )
 
-    def _rotation(self, config: DecoderConfig, budget: Budget, verify: bool) -> Rotation | None:
-        if not budget.streamed:
-            return None
-        layers = {layer: attention_matrices(self.file, config, layer) for layer in budget.streamed}
+    def _rotation(self, config: DecoderConfig, streamed: Sequence[int], verify: bool) -> Rotation:
+        layers = {layer: attention_matrices(self.file, config, layer) for layer in streamed}
         backend, _ = self.file.backend(threads=_STREAMING, queue_depth=_STREAMING)
-        return Rotation(self.file.path, backend, layers, verify)
+        return Rotation(self.file.path, backend, layers, verify, self.reader.stats)
 
     def _new_cache(self, tokens: int) -> list[LayerCache]:
         """Room for the keys and values of that many tokens."""

@@ -6,9 +6,10 @@ are read into the other. After the last comes the first again, for the token aft
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -18,6 +19,7 @@ from bundlefmt.errors import BundleError, FormatError
 from bundlefmt.layout import dtypes
 from bundlefmt.layout.arithmetic import round_up
 from bundlefmt.layout.header import Tensor
+from bundlefmt.reader import ReadStats
 from bundlefmt.storage.backends import Backend, Batch
 from bundlefmt.storage.buffers import PAGE, aligned_empty
 from bundlefmt.storage.sequential import spanning
@@ -28,42 +30,64 @@ def room_for(tensors: Sequence[Tensor]) -> int:
     return sum(round_up(tensor.data.length, PAGE) for tensor in tensors)
 
 
+class _Read(NamedTuple):
+    """A matrix on its way into `data`, uint8, since `began` ns."""
+
+    tensor: Tensor
+    data: NDArray[np.uint8]
+    asked: ReadStats
+    began: int
+    batch: Batch
+
+
 class Rotation:
     """The matrices of some layers, which are called `names`; `verify` checks them whenever they
-    have been read."""
+    have been read, `stats` counts what is."""
 
     def __init__(
-        self, path: str, backend: Backend, layers: Mapping[int, Sequence[Tensor]], verify: bool
+        self,
+        path: str,
+        backend: Backend,
+        layers: Mapping[int, Sequence[Tensor]],
+        verify: bool,
+        stats: ReadStats,
     ) -> None:
         self.names = {tensor.name for tensors in layers.values() for tensor in tensors}
         self._path = path
         self._backend = backend
         self._layers = layers
         self._verify = verify
+        self._stats = stats
         order = sorted(layers)
         self._next = dict(zip(order, order[1:] + order[:1], strict=True))
         self._memory = [aligned_empty(max(map(room_for, layers.values()))) for _ in range(2)]
         self._held: int | None = None
         self._matrices: dict[str, NDArray[Any]] = {}
         self._coming: int | None = None
-        self._reads: list[tuple[Tensor, NDArray[np.uint8], Batch]] = []
+        self._reads: list[_Read] = []
 
-    def need(self, layer: int) -> None:
+    def need(self, layer: int) -> tuple[int, int] | None:
         """Wait for a layer's matrices, if it is one of these, and begin to read those of the next.
-        Raises ReadError, and FormatError for a matrix that is not what its checksum says."""
+        Returns when they were being read, in ns as `time.perf_counter_ns` counts; None where they
+        were not. Raises ReadError, and FormatError for a matrix that is not what its checksum
+        says."""
         if layer not in self._layers or layer == self._held:
-            return
+            return None
         if layer != self._coming:
             self._begin(layer)
         self._held, self._matrices = None, {}
         reads, self._reads, self._coming = self._reads, [], None
         self._memory.reverse()  # the first is now that of the layer at hand
-        for _, _, batch in reads:
-            batch.wait()
-        self._matrices = {tensor.name: self._checked(tensor, data) for tensor, data, _ in reads}
+        for read in reads:
+            start = time.perf_counter()
+            read.batch.wait()
+            waited = time.perf_counter() - start
+            self._stats.add(read.asked, read.batch, read.began, waited)
+        self._matrices = {read.tensor.name: self._checked(read) for read in reads}
         self._held = layer
         if self._next[layer] != layer:
             self._begin(self._next[layer])
+        return reads[0].began, max(read.batch.finished for read in reads)
 
     def matrix(self, name: str) -> NDArray[Any]:
         """A matrix of the layer that was needed last, as stored; good until the next is needed."""
@@ -75,19 +99,23 @@ class Rotation:
 
     def _begin(self, layer: int) -> None:
         """Read into the second memory, once nothing that was begun before goes there."""
-        for _, _, batch in self._reads:
+        for read in self._reads:
             with suppress(BundleError):
-                batch.wait()
+                read.batch.wait()
         start = 0
         self._reads = []
         self._coming = layer
         for tensor in self._layers[layer]:
             data = self._memory[1][start : start + tensor.data.length]
             start += round_up(tensor.data.length, PAGE)
-            batch = self._backend.submit(spanning(data, tensor.data.offset))
-            self._reads.append((tensor, data, batch))
+            requests = spanning(data, tensor.data.offset)
+            asked = ReadStats(requests=requests.offsets.size, bytes_asked=data.nbytes)
+            began = time.perf_counter_ns()
+            batch = self._backend.submit(requests)
+            self._reads.append(_Read(tensor, data, asked, began, batch))
 
-    def _checked(self, tensor: Tensor, data: NDArray[np.uint8]) -> NDArray[Any]:
+    def _checked(self, read: _Read) -> NDArray[Any]:
+        tensor, data = read.tensor, read.data
         if self._verify:
             found = xxhash.xxh3_64_hexdigest(data)
             if found != tensor.data.xxh3:

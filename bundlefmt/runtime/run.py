@@ -24,10 +24,11 @@ from bundlefmt.storage.device import resident_memory
 @dataclass(frozen=True)
 class RunReport:
     """How a generation went. Bytes and seconds are of the whole generation, prompt included, but
-    for those `per_token`, which are means over the tokens after the first. Bytes and requests are
-    the model's, without its draft's. `stage_seconds_per_token` are those of `runtime.clock.STAGES`,
-    and `reading_seconds_per_token` those during which reads of neurons were in flight, overlapped
-    or not. `peak_memory` is the process's, in bytes."""
+    for those `per_token`, which are means over the tokens after the first. Bytes and requests, of
+    neurons and of attention that finds no room, are the model's, without its draft's.
+    `stage_seconds_per_token` are those of `runtime.clock.STAGES`, and `reading_seconds_per_token`
+    those during which reads were in flight, overlapped or not. `peak_memory` is the process's, in
+    bytes."""
 
     text: str
     mode: str
