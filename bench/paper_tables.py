@@ -207,7 +207,7 @@ def commit() -> str:
 
 
 def command() -> str:
-    """How this was run, without its paths' folders."""
+    """How this was run; of absolute paths, only the names."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return f"python -m bench.{Path(sys.argv[0]).stem} {shlex.join(words)}"
 

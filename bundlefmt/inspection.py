@@ -56,6 +56,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
                     "layer": predictor.layer,
                     "expert": predictor.expert,
                     "rank": file.tensor_entry(predictor.a).shape[0],
+                    "encoding": predictor.encoding,
                     "threshold": predictor.threshold,
                 }
                 for predictor in header.predictors

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import msgspec
 from numpy.typing import NDArray
 
 from bundlefmt.convert.update import append
@@ -24,6 +25,7 @@ from bundlefmt.flash.predictor import (
 )
 from bundlefmt.flash.traces import Trace, new_trace, parted
 from bundlefmt.flash.training import Training, require_torch, train
+from bundlefmt.layout.encodings import numbers_in
 from bundlefmt.layout.header import Predictor as PredictorEntry
 from bundlefmt.runtime.generate import load_model
 from bundlefmt.runtime.text import Tokenizer
@@ -164,14 +166,15 @@ def train_predictors(
         for index, (group, setting) in enumerate(zip(groups, settings, strict=True)):
             selector = read_selector(file, reader, group)
             trained[group.layer] = train(recorded.layer(index), selector, setting, advance)
-    tensors: dict[str, NDArray[np.uint8]] = {}
+    tensors: dict[str, NDArray[Any]] = {}
     entries = []
     for layer, (predictor, _) in trained.items():
         a, b = (f"bundlefmt.predictor.{layer}.{matrix}" for matrix in "ab")
-        tensors |= {a: predictor.a.stored, b: predictor.b.stored}
-        entries.append(
-            PredictorEntry(layer, a, b, predictor.threshold, encoding=predictor.a.encoding)
-        )
+        in_blocks = predictor.a.encoding == "q8_0"
+        for name, part in ((a, predictor.a), (b, predictor.b)):
+            tensors[name] = part.stored if in_blocks else numbers_in(part.stored, part.encoding)
+        entry = PredictorEntry(layer, a, b, predictor.threshold)
+        entries.append(msgspec.structs.replace(entry, encoding="q8_0") if in_blocks else entry)
     block = append(path, tensors=tensors, predictors=entries)
     return TrainReport(
         path=os.fspath(path),

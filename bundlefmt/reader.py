@@ -38,7 +38,7 @@ from bundlefmt.storage.buffers import aligned_empty
 # sequential rate: `bundlefmt bench --chunk-size 64K,256K,1M` measures it again.
 MAX_REQUEST = 1 << 20
 
-_LATEST = 16  # spans that one which is told of late may still overlap
+_LATEST = 512  # spans that one which is told of late may still overlap
 
 Neurons = Sequence[int] | NDArray[np.integer[Any]]
 
@@ -66,7 +66,7 @@ class ReadStats:
     busy_seconds: float = 0.0  # during which reads were in flight
 
     def __post_init__(self) -> None:
-        self._latest: list[tuple[int, int]] = []  # spans of reads that do not touch, in ns
+        self._latest: list[tuple[int, int]] = []  # spans that do not touch, ascending, in ns
 
     @property
     def read_amplification(self) -> float:
@@ -86,13 +86,17 @@ class ReadStats:
 
     def _in_flight(self, began: int, ended: int) -> None:
         """Reads were, meanwhile: what others have not counted yet is counted as busy."""
-        touching = [span for span in self._latest if span[0] <= ended and began <= span[1]]
-        apart = [span for span in self._latest if span not in touching]
+        at = len(self._latest)
+        while at and self._latest[at - 1][1] >= began:
+            at -= 1
+        later = self._latest[at:]
+        touching = [span for span in later if span[0] <= ended]
         first = min([began, *(span[0] for span in touching)])
         last = max([ended, *(span[1] for span in touching)])
         counted = sum(span[1] - span[0] for span in touching)
         self.busy_seconds += (last - first - counted) / 1e9
-        self._latest = [*apart[-_LATEST:], (first, last)]
+        self._latest[at:] = [(first, last), *later[len(touching) :]]
+        del self._latest[:-_LATEST]
 
     def since(self, before: ReadStats) -> ReadStats:
         """What has been added since these counters were `before`."""
@@ -179,9 +183,9 @@ class _Placed(NamedTuple):
         view_starts = np.full(after[-1] if count else 0, SPARE)
         view_lengths = np.empty(view_starts.size, dtype=np.int64)
         view_starts[after - 1] = starts[views]
-        view_lengths[after - 1] = (_followed(views[1:], count) - views) * stride
+        view_lengths[after - 1] = (_ended_by(views[1:], count) - views) * stride
         view_lengths[after[gapped] - 2] = gaps[gapped] * stride
-        bounds = _followed(after[begins[views]] - 1, view_starts.size)
+        bounds = _ended_by(after[begins[views]] - 1, view_starts.size)
         view_starts[bounds[:-1]] += skip
         view_lengths[bounds[:-1]] -= skip
         return Requests(
@@ -192,12 +196,12 @@ class _Placed(NamedTuple):
             view_lengths,
             None
             if checksums is None
-            else Checks(_followed(firsts, count), starts, stride, checksums[self.slots]),
+            else Checks(_ended_by(firsts, count), starts, stride, checksums[self.slots]),
             spare,
         )
 
 
-def _followed(numbers: NDArray[np.int64], last: int) -> NDArray[np.int64]:
+def _ended_by(numbers: NDArray[np.int64], last: int) -> NDArray[np.int64]:
     """The numbers and one more."""
     return np.concatenate([numbers, [last]])
 

@@ -289,6 +289,7 @@ def check_predictors(header: dict[str, Any]) -> None:
         require(len(a["shape"]) == 2 and a["shape"][0] >= 1, f"{where}.a: shape")
         rank, d_model, encoding = a["shape"][0], groups[key]["d_model"], predictor["encoding"]
         a_row, b_row = d_model, rank
+        require(encoding in (None, "q8_0", "q4_0"), f"{where}.encoding")
         if encoding is not None:
             a_row = encoded_length(encoding, d_model, f"{where}.a")
             b_row = encoded_length(encoding, rank, f"{where}.b")

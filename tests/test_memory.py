@@ -133,17 +133,22 @@ def guessable(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
             found = untrained(read_selector(file, reader, group), inputs, 32, 0.95)
             names = f"a{group.layer}", f"b{group.layer}"
             tensors |= {names[0]: found.a.stored, names[1]: found.b.stored}
-            entry = Predictor(group.layer, *names, found.threshold, encoding=found.a.encoding)
+            entry = Predictor(group.layer, *names, found.threshold, encoding="q8_0")
             entries.append(entry)
     bundlefmt.append(path, tensors=tensors, predictors=entries)
     return path
 
 
-@pytest.mark.parametrize("mode", ["predict", "topk"])
-def test_reading_ahead_changes_no_token(guessable: Path, mode: str) -> None:
-    memory = least_memory(guessable, mode=mode, tokens=64) + (1 << 20)
-    options = {"mode": mode, "memory": memory, "tokens": 64}
-    assert text(guessable, **options) == text(guessable, ahead=False, **options)
+def test_reading_ahead_changes_no_token(guessable: Path) -> None:
+    memory = least_memory(guessable, mode="predict", tokens=64) + (1 << 19)
+
+    def made(ahead: bool) -> list[int]:
+        with cached(guessable, memory, mode="predict", ahead=ahead) as model:
+            found = model.generate(PROMPT, 48)
+            assert any(cache.stats.ahead for cache in model.caches if cache) == ahead
+            return found
+
+    assert made(ahead=True) == made(ahead=False)
 
 
 def test_what_is_read_ahead_is_mostly_used(guessable: Path) -> None:
@@ -217,7 +222,7 @@ def test_streamed_attention_is_counted(demo_bundle: Path) -> None:
         model.decoder.forward([2], cache)
         found = model.reader.stats.since(before)
         bundles = found.bundles * model.file.groups[0].stride
-        assert found.bytes_read == found.bytes_asked == bundles + attention
+        assert found.bytes_read >= found.bytes_asked == bundles + attention
         assert found.busy_seconds > 0
 
 

@@ -23,9 +23,9 @@ from bundlefmt.flash import predictor as predictors
 from bundlefmt.flash.predictor import (
     Predictor,
     Selector,
+    as_stored,
     calibrated,
     quality,
-    stored,
     untrained,
 )
 from bundlefmt.flash.traces import LayerTrace, Trace, new_trace
@@ -293,7 +293,7 @@ def random_predictor(
         random.standard_normal(shape, dtype=np.float32)
         for shape in ((rank, d_model), (20, rank), (5, d_model))
     )
-    return replace(stored(a, b), threshold=threshold), x
+    return replace(as_stored(a, b), threshold=threshold), x
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1e-9, 0.25, 0.5, 0.875, 1.0])

@@ -676,7 +676,7 @@ def test_the_parts_of_a_batch_are_those_of_its_group(reader: Reader) -> None:
 # The counters
 
 
-@given(spans=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=16))
+@given(spans=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 20)), max_size=64))
 def test_a_moment_in_which_reads_are_in_flight_is_counted_once(
     spans: list[tuple[int, int]],
 ) -> None:

@@ -30,8 +30,8 @@ from bundlefmt.storage.backends import (
     whole_rows,
 )
 from bundlefmt.storage.buffers import aligned_empty
-from bundlefmt.storage.device import drop_cache, probe_direct
-from tests.conftest import ROOT
+from bundlefmt.storage.device import drop_cache, probe_direct, resident_memory
+from tests.conftest import ROOT, without_sanitizers
 
 PADDED = 256 * 4096  # bytes: as long as a bundle file could be
 ODD = PADDED - 1337
@@ -218,8 +218,9 @@ def test_an_unknown_backend_is_refused_naming_those_there_are(files: dict[int, P
 
 
 def test_io_uring_has_its_depth_in_flight_whatever_the_threads(files: dict[int, Path]) -> None:
-    """Reads that go one at a time take in sum no longer than from first to last; those that are
-    queued together all wait from the start."""
+    """Reads that go one after the other take in sum about as long as from first to last; those
+    that are queued together all wait from the start. The clearest of some tries counts: the
+    machine does other things, too."""
 
     def overlap(threads: int, depth: int) -> float:
         backend = opened(files[PADDED], "uring", threads, depth)
@@ -230,7 +231,8 @@ def test_io_uring_has_its_depth_in_flight_whatever_the_threads(files: dict[int, 
         backend.close()
         return sum(batch.latencies) / (batch.finished - began)
 
-    assert overlap(threads=8, depth=1) < 1.5 < overlap(threads=1, depth=8)
+    assert min(overlap(threads=8, depth=1) for _ in range(5)) < 1.5
+    assert max(overlap(threads=1, depth=8) for _ in range(5)) > 1.5
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -778,3 +780,22 @@ def test_a_full_disk_is_a_write_error_and_nothing_is_left(small_disk: Path) -> N
     with replacing(target) as file:
         file.write(b"fits")
     assert target.read_bytes() == b"fits"
+
+
+@without_sanitizers("freed memory is kept for a while")
+def test_reads_that_are_wider_than_what_is_wanted_take_little_memory(tmp_path: Path) -> None:
+    """However many of them are in flight: a limit has no room for more."""
+    megabyte, count = 1 << 20, 64
+    path = tmp_path / "file"
+    path.write_bytes(bytes(megabyte + 4096))
+    backend = opened(path, "uring", depth=count)
+    memory = np.ones((count, megabyte), dtype=np.uint8)
+    backend.submit(whole_rows(memory[:1], np.array([1]))).wait()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what it is now
+    before = resident_memory(peak=True)
+    batch = backend.submit(whole_rows(memory, np.full(count, 1)))
+    batch.wait()
+    backend.close()
+    assert not memory.any()
+    assert batch.bytes_read > memory.nbytes
+    assert resident_memory(peak=True) - before < 32 * megabyte

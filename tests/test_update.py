@@ -163,10 +163,10 @@ REFUSED: dict[str, dict[str, Any]] = {
     },
     "a predictor of floats with an encoding": {
         "tensors": TENSORS,
-        "predictors": [Predictor(0, "p.a", "p.b", 0.5, encoding="f32")],
+        "predictors": [Predictor(0, "p.a", "p.b", 0.5, encoding="q8_0")],
     },
     "a predictor whose rows are no whole blocks": {
-        "tensors": {name: tensor.astype(np.uint8) for name, tensor in TENSORS.items()},
+        "tensors": {"p.a": np.empty((2, 0), np.uint8), "p.b": np.empty((4, 0), np.uint8)},
         "predictors": [Predictor(0, "p.a", "p.b", 0.5, encoding="q8_0")],
     },
     "a predictor without tensors": {"predictors": [Predictor(0, "p.a", "p.b", 0.5)]},

@@ -16,7 +16,7 @@ from bundlefmt.flash.policies import Worth, unused
 from bundlefmt.kernels import Floats
 
 _QUEUED = 64  # one slot in so many; with longer queues more is overlooked that is worth less
-_NEAR = 256  # slots
+_NEAR = 256  # slots of the queue's head that are looked at before all of it is
 _FORESIGHT = 4  # queues
 _MOST = float(np.finfo(np.float64).max)  # that a neuron is worth
 
@@ -54,7 +54,7 @@ class SlotPool:
         return self._beside.setdefault(name, np.zeros(self.rows.shape[0], dtype=np.float32))
 
     def claim(self, count: int) -> Slots:
-        """Up to `count` slots that were vacant: someone is going to fill them."""
+        """Up to `count` slots that were vacant; they are the caller's, to fill or to vacate."""
         before = self._vacancies
         self._vacancies -= min(count, before)
         return self._vacant[self._vacancies : before][::-1].astype(np.int64)
@@ -71,7 +71,7 @@ class SlotPool:
         return found
 
     def take(self, slots: Slots) -> None:
-        """What is in these slots is there no more: someone is going to fill them."""
+        """What is in these slots is there no more; they are the caller's, to fill or to vacate."""
         gone = self._neuron_in[slots]
         self.slot_of[gone[gone >= 0]] = -1
         self._neuron_in[slots] = -1
@@ -82,7 +82,7 @@ class SlotPool:
         self.take(slots)
         before = self._vacancies
         self._vacancies += slots.size
-        self._vacant[before : self._vacancies] = slots
+        self._vacant[before : self._vacancies] = slots[::-1]  # neighbours come out in order
 
     def hold(self, neurons: Neurons, slots: Slots) -> None:
         """The neurons are in these slots, which were taken."""
@@ -109,7 +109,7 @@ class SlotPool:
 
     def _from_queue(self, count: int) -> Slots:
         """The first `count` that are still worth what they were, and may go. Mostly those near the
-        queue's head will do."""
+        queue's head will do; who is kept and stands before them is not asked again."""
         near = self._queue[: 2 * count + _NEAR]
         good = (self._price[near] == self._queued[: near.size]) & ~self._kept[near]
         places = np.flatnonzero(good)[:count]

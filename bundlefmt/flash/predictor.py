@@ -25,7 +25,7 @@ from bundlefmt import kernels
 from bundlefmt.errors import UsageError
 from bundlefmt.file import BundleFile
 from bundlefmt.kernels import Floats
-from bundlefmt.layout.constants import EncodingName
+from bundlefmt.layout.constants import BlockEncodingName, EncodingName
 from bundlefmt.layout.dtypes import ENCODING_OF
 from bundlefmt.layout.encodings import ENCODINGS, numbers_in
 from bundlefmt.layout.header import Group
@@ -141,25 +141,25 @@ def load(file: BundleFile, group: Group) -> Predictor | None:
     entry = trained(file, group)
     if entry is None:
         return None
-    a, b = (_rows(file, name, entry.encoding) for name in (entry.a, entry.b))
+    a, b = (_part(file, name, entry.encoding) for name in (entry.a, entry.b))
     return Predictor(a, b, entry.threshold)
 
 
-def _rows(file: BundleFile, name: str, encoding: EncodingName | None) -> kernels.Part:
+def _part(file: BundleFile, name: str, encoding: BlockEncodingName | None) -> kernels.Part:
     stored = file.tensor(name).view(np.uint8)
     return kernels.Part(stored, encoding or ENCODING_OF[file.tensor_entry(name).dtype])
 
 
-def stored(a: Floats, b: Floats) -> Predictor:
+def as_stored(a: Floats, b: Floats) -> Predictor:
     """The predictor of a [rank, d_model] and b [neurons, rank], with a threshold of 0.5, as it is
     kept in memory and in files: in q8_0, or in f16 where rows are not whole blocks of it. Numbers
     that are out of range become the largest there is."""
     kind = ENCODINGS[encoding_of(*a.shape)]
 
-    def rows(matrix: Floats) -> kernels.Part:
+    def part(matrix: Floats) -> kernels.Part:
         return kernels.Part(kind.encode(matrix.clip(-kind.largest, kind.largest)), kind.name)
 
-    return Predictor(rows(a), rows(b), 0.5)
+    return Predictor(part(a), part(b), 0.5)
 
 
 def encoding_of(rank: int, d_model: int) -> EncodingName:
@@ -219,7 +219,7 @@ def untrained(selector: Selector, inputs: Floats, rank: int, recall: float) -> P
     scale = (inputs @ a.T).std(axis=0) + _tiny(outputs)
     a = np.concatenate([a / scale[:, None], [_constant(inputs)]])
     b = np.concatenate([basis * scale, middle[:, None]], axis=1) * (_PROBIT / errors)[:, None]
-    return calibrated(stored(a, b), _sampled(selector, inputs), recall)
+    return calibrated(as_stored(a, b), _sampled(selector, inputs), recall)
 
 
 def untrained_on_random(selector: Selector, like: Callable[[Floats], Floats]) -> Predictor:

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 MOST_WASTED = 0.25  # of what is read ahead
 _MEMORY = 0.9  # share of the count that is kept from one token to the next
-_FASTER = 10  # times that weights in memory are multiplied faster than bundles are read, roughly
+# Weights in memory are multiplied so many times faster than bundles are read: of memory's and an
+# NVMe drive's rates about the least (`bundlefmt calibrate` prints a machine's).
+_FASTER = 10
 
 Ids = NDArray[np.int64]
 

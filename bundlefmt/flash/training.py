@@ -22,9 +22,9 @@ from bundlefmt.flash.predictor import (
     Quality,
     Sample,
     Selector,
+    as_stored,
     calibrated,
     quality,
-    stored,
     untrained,
 )
 from bundlefmt.flash.traces import LayerTrace, parted
@@ -79,7 +79,7 @@ def train(
     predictor = untrained(selector, _inputs(trace, start), training.rank, training.recall)
     a, b = (torch.nn.Parameter(torch.from_numpy(matrix)) for matrix in predictor.matrices())
     _fit(torch, a, b, trace, seen, training, advance)
-    predictor = stored(a.detach().numpy(), b.detach().numpy())
+    predictor = as_stored(a.detach().numpy(), b.detach().numpy())
     predictor = calibrated(predictor, samples(trace, held_out), training.recall)
     return predictor, quality(predictor, samples(trace, held_out))
 

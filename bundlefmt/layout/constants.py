@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 PartName = Literal["gate", "up", "down"]
+BlockEncodingName = Literal["q8_0", "q4_0"]
 EncodingName = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 
 MAJOR = 1

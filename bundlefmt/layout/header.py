@@ -22,6 +22,7 @@ from bundlefmt.layout.constants import (
     MAX_INTEGER,
     MAX_NAME_LENGTH,
     MAX_NEURONS,
+    BlockEncodingName,
     EncodingName,
     PartName,
 )
@@ -139,15 +140,15 @@ class SourceFile(Struct, frozen=True, omit_defaults=True):
 class Predictor(Struct, frozen=True, omit_defaults=True):
     """A low-rank predictor of active neurons: neuron i is predicted active for the input x of the
     FFN when sigmoid(b @ (a @ x))[i] > threshold. `a` [rank, d_model] and `b` [neurons, rank] name
-    resident tensors of a float type or, with an encoding, U8 tensors whose rows are vectors in
-    it."""
+    resident tensors of a float type or, with a block encoding, U8 tensors whose rows are vectors
+    in it."""
 
     layer: Count
     a: str
     b: str
     threshold: Annotated[float, Meta(ge=0, le=1)]
     expert: Count | None = None
-    encoding: EncodingName | None = None
+    encoding: BlockEncodingName | None = None
 
 
 class Header(Struct, frozen=True, omit_defaults=True):

@@ -2,8 +2,8 @@
 
 Strategy: what the runtime will do is what is measured: one batch after the other through the
 reader, by the backend that it would take, between computations and beside one, as a layer's cached
-neurons are computed while the others come. On a machine that computes with all of its cores that
-tells: small batches take twice as long. In each round every size and every number of requests has
+neurons are computed while the others come: whoever serves the reads has to share the cores. In each
+round every size and every number of requests has
 its turn, at places drawn anew, so that a disk that others use slows down all of them alike; medians
 over the rounds count. Bundles are not checked: the reader checks some while others come.
 """
@@ -173,9 +173,9 @@ def _whole(path: str, stride: int) -> _Whole:
 
 
 class _Rounds:
-    """What was taken round after round: seconds of `batches` by size and number of requests, of
-    those of the most requests for each size the CPU's `alone`, `spans` in sequence, `products` with
-    `weights`."""
+    """What was taken round after round: `batches`, seconds by size and number of requests; `alone`,
+    the largest batch of each size without a computation beside it, for its CPU time; `spans` in
+    sequence; `products` with `weights`."""
 
     def __init__(self, path: str, backend: Backend, memory: NDArray[np.uint8]) -> None:
         self.batches: dict[tuple[int, int], list[float]] = {
@@ -221,7 +221,10 @@ class _Rounds:
         return timed(lambda: self._submit(size, count).result())[1]
 
     def _compute(self, rows: int) -> None:
-        kernels.matmul(np.ones((1, _MATRIX[1]), dtype=np.float32), self.weights[:rows])
+        """A product with some rows, which hardly any cache still holds from the last time."""
+        start = int(self._random.integers(_MATRIX[0] - rows + 1))
+        x = np.ones((1, _MATRIX[1]), dtype=np.float32)
+        kernels.matmul(x, self.weights[start : start + rows])
 
     def _submit(self, size: int, count: int) -> Pending:
         (neurons,) = Pattern(count).draw(self._size // size, 1, 1, self._random)

@@ -16,19 +16,24 @@ from bundlefmt.flash.budget import Budget, Needs, divide, left_of, sharing
 from bundlefmt.flash.cache import NeuronCache, caches
 from bundlefmt.flash.policies import Lfu, Lru, Policy, Window, Worth
 from bundlefmt.layout.header import Group
+from bundlefmt.reader import MAX_REQUEST
 from bundlefmt.runtime.config import DecoderConfig
 from bundlefmt.runtime.rotation import room_for
 from bundlefmt.runtime.selection import Selecting
 from bundlefmt.runtime.streamer import CHUNK_BYTES
 from bundlefmt.runtime.weights import attention_matrices
+from bundlefmt.storage.backends import DEFAULT_THREADS
 from bundlefmt.storage.buffers import aligned_empty
-from bundlefmt.storage.device import resident_memory
+from bundlefmt.storage.device import probe_direct, resident_memory
 
 POLICIES = ("lfu", "lru", "window", "none")
 
 _FEWEST_STREAMED = 3  # layers: with two pieces of memory for them, fewer spare nothing
 _LEAST_CACHE = 0.05  # of all bundles: a smaller cache costs more reads than streaming saves memory
 _TABLE_BYTES = 64  # per neuron: checksum, biases, places, worth; what its slot has of those
+# Bundles that do not lie as the device reads are first read elsewhere, wider: a request by each
+# thread; io_uring takes half of that.
+_WIDENED_BYTES = DEFAULT_THREADS * MAX_REQUEST
 _TOKENS = 2048  # of the longest text, where neither the caller nor the model says
 
 
@@ -136,6 +141,8 @@ def needs(file: BundleFile, config: DecoderConfig, selecting: Selecting, tokens:
     ]
     selectors += sum(predictor.predictor_bytes(group) for group in untrained)
     widest = max(group.neurons for group in groups)
+    unit = probe_direct(file.path).offset_alignment
+    widened = _WIDENED_BYTES if any(group.stride % unit for group in groups) else 0
     activations = tokens * 4 * (4 * config.d_model + 2 * widest)
     return Needs(
         process=resident_memory(),
@@ -143,6 +150,7 @@ def needs(file: BundleFile, config: DecoderConfig, selecting: Selecting, tokens:
         selectors=selectors,
         kv_cache=sum(tokens * 8 * layer.kv_heads * config.head_dim for layer in config.layers),
         buffers=2 * CHUNK_BYTES
+        + widened
         + activations
         + _TABLE_BYTES * sum(group.neurons for group in groups)
         + max((predictor.untrained_bytes(group) for group in untrained), default=0),

@@ -78,11 +78,15 @@ class Rotation:
         self._held, self._matrices = None, {}
         reads, self._reads, self._coming = self._reads, [], None
         self._memory.reverse()  # the first is now that of the layer at hand
-        for read in reads:
-            start = time.perf_counter()
-            read.batch.wait()
-            waited = time.perf_counter() - start
-            self._stats.add(read.asked, read.batch, read.began, waited)
+        try:
+            for read in reads:
+                start = time.perf_counter()
+                read.batch.wait()
+                waited = time.perf_counter() - start
+                self._stats.add(read.asked, read.batch, read.began, waited)
+        except BundleError:
+            _land(reads)
+            raise
         self._matrices = {read.tensor.name: self._checked(read) for read in reads}
         self._held = layer
         if self._next[layer] != layer:
@@ -99,9 +103,7 @@ class Rotation:
 
     def _begin(self, layer: int) -> None:
         """Read into the second memory, once nothing that was begun before goes there."""
-        for read in self._reads:
-            with suppress(BundleError):
-                read.batch.wait()
+        _land(self._reads)
         start = 0
         self._reads = []
         self._coming = layer
@@ -128,3 +130,10 @@ class Rotation:
                     found=found,
                 )
         return np.frombuffer(data, dtype=dtypes.DTYPES[tensor.dtype][1]).reshape(tensor.shape)
+
+
+def _land(reads: Sequence[_Read]) -> None:
+    """Nothing of these is to fill memory later."""
+    for read in reads:
+        with suppress(BundleError):
+            read.batch.wait()

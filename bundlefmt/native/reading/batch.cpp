@@ -156,14 +156,17 @@ Widened::Widened(const Source& source, const Reads& reads, int64_t request)
   const int64_t unit = source.offset_alignment;
   length = (skipped + needed + unit - 1) / unit * unit;
   offset = reads.offsets[request] - skipped;
-  const auto alignment = static_cast<size_t>(std::max<int64_t>(source.memory_alignment, 64));
-  const size_t room = (static_cast<size_t>(length) + alignment - 1) / alignment * alignment;
-  memory.reset(static_cast<uint8_t*>(std::aligned_alloc(alignment, room)));
+  // Not aligned_alloc: that of glibc often does not find again what of it has been freed.
+  size_t room = static_cast<size_t>(length + source.memory_alignment);
+  block.reset(static_cast<uint8_t*>(std::malloc(room)));
+  void* start = block.get();
+  memory = static_cast<uint8_t*>(std::align(static_cast<size_t>(source.memory_alignment),
+                                            static_cast<size_t>(length), start, room));
   if (!memory) throw std::bad_alloc();
 }
 
 void Widened::copy_to(const std::vector<iovec>& views) const {
-  const uint8_t* from = memory.get() + skipped;
+  const uint8_t* from = memory + skipped;
   for (const iovec& view : views) {
     if (view.iov_len && view.iov_base != spare)  // of no memory, it is null
       std::memcpy(view.iov_base, from, view.iov_len);
@@ -181,7 +184,7 @@ std::optional<Failure> serve(const Source& source, Batch& batch, int64_t request
     batch.bytes_read += came;
   } else {
     const Widened wide(source, reads, request);
-    iovec whole{wide.memory.get(), static_cast<size_t>(wide.length)};
+    iovec whole{wide.memory, static_cast<size_t>(wide.length)};
     error = fill(source, {&whole, 1}, wide.offset, wide.skipped + needed, came);
     batch.bytes_read += came;
     came = std::clamp<int64_t>(came - wide.skipped, 0, needed);

@@ -95,7 +95,8 @@ struct Widened {
   };
   int64_t needed, skipped;  // bytes of the request, and those read before them
   int64_t offset, length;   // of the read
-  std::unique_ptr<uint8_t, Free> memory;
+  std::unique_ptr<uint8_t, Free> block;
+  uint8_t* memory;  // the aligned part of it
   const uint8_t* spare;  // which is left as it is
 };
 

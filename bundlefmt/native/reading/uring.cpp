@@ -33,6 +33,7 @@ namespace {
 constexpr int64_t MAX_VIEWS = 1024;  // IOV_MAX on Linux
 constexpr std::chrono::milliseconds PAUSE{1};  // between looks at a ring that cannot be waited for
 constexpr size_t PIECE = size_t{1} << 30;  // the most that the kernel registers as one buffer
+constexpr int64_t MOST_WIDENED = 16 << 20;  // bytes of reads that are wider than what is wanted
 
 // A request on its way.
 struct Flight {
@@ -126,8 +127,13 @@ class Uring : public Engine {
   // Takes on as many requests as there is room for; with `wait`, at least one, unless closed.
   void refill(bool wait) {
     while (!free_.empty()) {
-      auto turn = queue_.pop(wait && free_.size() == flights_.size());
+      auto turn = postponed_ ? std::exchange(postponed_, std::nullopt)
+                             : queue_.pop(wait && free_.size() == flights_.size());
       if (!turn) break;
+      if (widened_ >= MOST_WIDENED && !aligned(source_, turn->batch->reads, turn->request)) {
+        postponed_ = std::move(turn);  // until others have given their memory back
+        break;
+      }
       launch(std::move(*turn));
     }
   }
@@ -152,13 +158,14 @@ class Uring : public Engine {
     free_.pop_back();
     Flight& flight = flights_[static_cast<size_t>(index)];
     flight = {std::move(turn), std::move(views), std::move(widened), now(), 0};
+    if (wide) widened_ += flight.widened->length;
     for (const iovec& view : flight.views) flight.needed += static_cast<int64_t>(view.iov_len);
     io_uring_sqe* entry = io_uring_get_sqe(&ring_);  // there are as many as flights
     const auto offset =
         static_cast<uint64_t>(wide ? flight.widened->offset : reads.offsets[flight.turn.request]);
     const int fd = registered_ ? 0 : source_.fd;
     if (wide || flight.views.size() == 1) {
-      const iovec into = wide ? iovec{flight.widened->memory.get(),
+      const iovec into = wide ? iovec{flight.widened->memory,
                                       static_cast<size_t>(flight.widened->length)}
                               : flight.views[0];
       const auto length = static_cast<unsigned>(into.iov_len);
@@ -188,11 +195,11 @@ class Uring : public Engine {
       refill(false);
       io_uring_submit(&ring_);  // what it refuses is offered again
     }
-    for (const auto& [flight, result] : landed_) settle(flight, result);
+    for (auto& [flight, result] : landed_) settle(flight, result);
     landed_.clear();
   }
 
-  void settle(const Flight& flight, int result) {
+  void settle(Flight& flight, int result) {
     Batch& batch = *flight.turn.batch;
     const int64_t skipped = flight.widened ? flight.widened->skipped : 0;
     std::optional<Failure> failure;
@@ -204,6 +211,10 @@ class Uring : public Engine {
       failure = serve(source_, batch, flight.turn.request);  // short: rare enough to read anew
     } else {
       failure = Failure{Kind::failed, flight.turn.request, -result, 0, 0, 0};
+    }
+    if (flight.widened) {
+      widened_ -= flight.widened->length;
+      flight.widened.reset();
     }
     finish(flight.turn, flight.start, failure);
   }
@@ -236,7 +247,8 @@ class Uring : public Engine {
                serve(source_, *flight.turn.batch, flight.turn.request));
         flight.turn.batch.reset();
       }
-    while (const auto turn = queue_.pop(true)) {
+    while (const auto turn = postponed_ ? std::exchange(postponed_, std::nullopt)
+                                        : queue_.pop(true)) {
       const int64_t start = now();
       finish(*turn, start, serve(source_, *turn->batch, turn->request));
     }
@@ -248,6 +260,8 @@ class Uring : public Engine {
   std::vector<Flight> flights_;
   std::vector<int> free_;
   std::vector<std::pair<Flight, int>> landed_;  // with its result
+  std::optional<Turn> postponed_;
+  int64_t widened_ = 0;  // bytes of memory for wider reads
   io_uring ring_{};
   bool registered_ = false;
   std::thread thread_;
