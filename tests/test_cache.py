@@ -265,15 +265,18 @@ def test_guesses_are_read_only_while_they_are_good() -> None:
     assert ahead.pays
 
 
-def test_a_guess_is_made_where_tokens_lack_more_than_it_costs() -> None:
-    ahead = ReadAhead(NEURONS, 100)
-    few = np.arange(4)
+@pytest.mark.parametrize(("lacked", "worth"), [(0, False), (2, False), (5, True), (25, True)])
+def test_a_guess_is_made_where_reading_takes_longer_than_it_and_what_is_held(
+    lacked: int, worth: bool
+) -> None:
+    ahead = ReadAhead(NEURONS, stride=100)
+    needed = np.arange(25)
     assert ahead.worth_guessing(1 << 30)  # nothing is known yet
-    for lacked in (0, 20, 0):
+    for other in (25 - lacked, lacked):
         for _ in range(100):
-            ahead.learn(few, lacked)
-        assert ahead.worth_guessing(10 * 100) == bool(lacked)
-        assert not ahead.worth_guessing(1 << 30)
+            ahead.learn(needed, other)
+    assert ahead.worth_guessing(10 * 100) == worth
+    assert not ahead.worth_guessing(1 << 30)
 
 
 def test_the_counters_add_up() -> None:

@@ -3,9 +3,9 @@
 Facts: the FFN's input differs from what it would be without the attention before it by what
 attention adds, mostly little, so a predictor that is fed with the one names most of the neurons
 that it names for the other. What it names wrongly costs the device time that is needed elsewhere,
-and the guess itself is a product with the predictor's weights. Strategy: guess where tokens lack so
-much that reading it takes longer than guessing, and count, but read only where guesses have been
-good.
+and the guess itself is a product with the predictor's weights. What a token lacks is read anyhow
+while the rest is computed. Strategy: guess where it is so much that reading it takes longer than
+the rest and the guess together, and count, but read only where guesses have been good.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ReadAhead:
 
     def __init__(self, neurons: int, stride: int) -> None:
         self._stride = stride
-        self._lacked: float | None = None  # bundles that a token did not find in the cache
+        self._surplus: float | None = None  # bundles that could be computed while a token waits
         self._guess: Ids | None = None
         self._needed = np.zeros(neurons, dtype=np.bool_)
         self._guessed = self._useful = 0.0
@@ -36,7 +36,7 @@ class ReadAhead:
     def worth_guessing(self, guess_bytes: int) -> bool:
         """Whether a guess, which is computed from so many bytes of weights, may save more than it
         costs."""
-        return self._lacked is None or self._lacked * self._stride * _FASTER >= guess_bytes
+        return self._surplus is None or self._surplus * self._stride >= guess_bytes
 
     @property
     def pays(self) -> bool:
@@ -51,8 +51,9 @@ class ReadAhead:
     def learn(self, needed: Ids, lacked: int) -> None:
         """These neurons are needed; so many of them were not in the cache before anything was
         read."""
-        before = lacked if self._lacked is None else self._lacked
-        self._lacked = _MEMORY * before + (1 - _MEMORY) * lacked
+        surplus = _FASTER * lacked - (needed.size - lacked)
+        before = surplus if self._surplus is None else self._surplus
+        self._surplus = _MEMORY * before + (1 - _MEMORY) * surplus
         if self._guess is None:
             return
         self._needed[needed] = True
