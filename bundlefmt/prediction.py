@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from numpy.typing import NDArray
 
 from bundlefmt.convert.update import append
@@ -25,6 +24,7 @@ from bundlefmt.flash.predictor import (
 )
 from bundlefmt.flash.traces import Trace, new_trace, parted
 from bundlefmt.flash.training import Training, require_torch, train
+from bundlefmt.layout.constants import BlockEncodingName
 from bundlefmt.layout.encodings import numbers_in
 from bundlefmt.layout.header import Predictor as PredictorEntry
 from bundlefmt.runtime.generate import load_model
@@ -173,8 +173,8 @@ def train_predictors(
         in_blocks = predictor.a.encoding == "q8_0"
         for name, part in ((a, predictor.a), (b, predictor.b)):
             tensors[name] = part.stored if in_blocks else numbers_in(part.stored, part.encoding)
-        entry = PredictorEntry(layer, a, b, predictor.threshold)
-        entries.append(msgspec.structs.replace(entry, encoding="q8_0") if in_blocks else entry)
+        encoding: BlockEncodingName | None = "q8_0" if in_blocks else None
+        entries.append(PredictorEntry(layer, a, b, predictor.threshold, encoding=encoding))
     block = append(path, tensors=tensors, predictors=entries)
     return TrainReport(
         path=os.fspath(path),

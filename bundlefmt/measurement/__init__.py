@@ -290,7 +290,7 @@ def _measure(
         cpu.append(taken.cpu_seconds / len(latest))
         latencies += latest
     rate = statistics.median(rates)
-    queued = setting.backend == "uring"
+    queued = BACKENDS[setting.backend].queued
     return BenchRow(
         file=path,
         reads=reads,

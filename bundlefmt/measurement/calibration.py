@@ -3,9 +3,9 @@
 Strategy: what the runtime will do is what is measured: one batch after the other through the
 reader, by the backend that it would take, between computations and beside one, as a layer's cached
 neurons are computed while the others come: whoever serves the reads has to share the cores. In each
-round every size and every number of requests has
-its turn, at places drawn anew, so that a disk that others use slows down all of them alike; medians
-over the rounds count. Bundles are not checked: the reader checks some while others come.
+round every size and every number of requests has its turn, at places drawn anew, so that a disk
+that others use slows down all of them alike; medians over the rounds count. Bundles are not
+checked: the reader checks some while others come.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from bundlefmt.layout import dtypes
 from bundlefmt.layout.arithmetic import round_up
 from bundlefmt.layout.header import Tensor
 from bundlefmt.reader import ReadStats
-from bundlefmt.storage.backends import Backend, Batch
+from bundlefmt.storage.backends import Backend, Batch, land
 from bundlefmt.storage.buffers import PAGE, aligned_empty
 from bundlefmt.storage.sequential import spanning
 
@@ -85,7 +84,7 @@ class Rotation:
                 waited = time.perf_counter() - start
                 self._stats.add(read.asked, read.batch, read.began, waited)
         except BundleError:
-            _land(reads)
+            land(read.batch for read in reads)
             raise
         self._matrices = {read.tensor.name: self._checked(read) for read in reads}
         self._held = layer
@@ -103,7 +102,7 @@ class Rotation:
 
     def _begin(self, layer: int) -> None:
         """Read into the second memory, once nothing that was begun before goes there."""
-        _land(self._reads)
+        land(read.batch for read in self._reads)
         start = 0
         self._reads = []
         self._coming = layer
@@ -130,10 +129,3 @@ class Rotation:
                     found=found,
                 )
         return np.frombuffer(data, dtype=dtypes.DTYPES[tensor.dtype][1]).reshape(tensor.shape)
-
-
-def _land(reads: Sequence[_Read]) -> None:
-    """Nothing of these is to fill memory later."""
-    for read in reads:
-        with suppress(BundleError):
-            read.batch.wait()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bundlefmt.errors import BundleError
-from bundlefmt.storage.backends import Backend, Batch, Requests
+from bundlefmt.storage.backends import Backend, Batch, Requests, land
 from bundlefmt.storage.buffers import aligned_empty
 
 PIECE = 8 << 20
@@ -40,9 +38,7 @@ class Sequential:
             while pending:
                 yield self._arrived(pending)
         finally:  # whoever stops early leaves no read behind that fills a buffer later
-            for _, _, batch in pending:
-                with suppress(BundleError):
-                    batch.wait()
+            land(batch for _, _, batch in pending)
 
     def _buffer(self, index: int, nbytes: int) -> NDArray[np.uint8]:
         if nbytes > self._buffers[index].nbytes:  # one unit larger than a piece

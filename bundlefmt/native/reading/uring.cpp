@@ -195,11 +195,11 @@ class Uring : public Engine {
       refill(false);
       io_uring_submit(&ring_);  // what it refuses is offered again
     }
-    for (auto& [flight, result] : landed_) settle(flight, result);
+    for (const auto& [flight, result] : landed_) settle(flight, result);
     landed_.clear();
   }
 
-  void settle(Flight& flight, int result) {
+  void settle(const Flight& flight, int result) {
     Batch& batch = *flight.turn.batch;
     const int64_t skipped = flight.widened ? flight.widened->skipped : 0;
     std::optional<Failure> failure;
@@ -212,10 +212,7 @@ class Uring : public Engine {
     } else {
       failure = Failure{Kind::failed, flight.turn.request, -result, 0, 0, 0};
     }
-    if (flight.widened) {
-      widened_ -= flight.widened->length;
-      flight.widened.reset();
-    }
+    if (flight.widened) widened_ -= flight.widened->length;
     finish(flight.turn, flight.start, failure);
   }
 

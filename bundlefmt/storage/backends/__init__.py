@@ -18,6 +18,7 @@ from bundlefmt.storage.backends.base import (
     Checks,
     Damaged,
     Requests,
+    land,
     whole_rows,
 )
 from bundlefmt.storage.backends.mapped import Mapped
@@ -40,6 +41,7 @@ __all__ = [
     "Checks",
     "Damaged",
     "Requests",
+    "land",
     "open_backend",
     "whole_rows",
 ]

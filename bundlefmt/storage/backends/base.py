@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bundlefmt.errors import ReadError, UsageError
+from bundlefmt.errors import BundleError, ReadError, UsageError
 
 DEFAULT_THREADS = 32  # the paper's number of reading threads
 DEFAULT_QUEUE_DEPTH = 128
@@ -87,6 +89,13 @@ class Batch(Protocol):
     def wait(self) -> None:
         """Return when every request is served. If one failed: stop handing out new ones, wait for
         those in flight, then raise its ReadError, or Damaged."""
+
+
+def land(batches: Iterable[Batch]) -> None:
+    """Wait for batches that nobody comes for: none of them is to fill memory later."""
+    for batch in batches:
+        with suppress(BundleError):
+            batch.wait()
 
 
 class Engine(Protocol):
