@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
+from weakref import ReferenceType, ref
 
 from bundlefmt import kernels
 from bundlefmt.errors import UsageError
@@ -34,8 +38,9 @@ class Layer(NamedTuple):
 class Decoder:
     """A decoder-only model whose FFN is streamed from its bundle file.
 
-    Raises UsageError when the model is not one that this runtime computes, FormatError when
-    tensors are missing from the file.
+    Threads may share it: their passes take turns, and all that a sequence keeps from one pass to
+    the next is in its key/value cache. Raises UsageError when the model is not one that this
+    runtime computes, FormatError when tensors are missing from the file.
     """
 
     def __init__(
@@ -52,6 +57,9 @@ class Decoder:
     ) -> None:
         self.config = config
         self.clock = Clock()
+        self._lock = threading.Lock()  # layers share buffers, cache slots, and reads in flight
+        self._process = os.getpid()
+        self._latest: ReferenceType[LayerCache] | None = None  # that of the last pass
         self._ahead = ahead
         self._rotation = rotation
         weights = Weights(file, config, rotation)
@@ -96,6 +104,11 @@ class Decoder:
         """Hidden states float32 [tokens, width of the head] of tokens that follow the cache."""
         before = cache[0].length
         tokens = self.check(ids, before + len(ids))
+        with self.exclusive():
+            self._latest = ref(cache[0])
+            return self._pass(tokens, before, cache)
+
+    def _pass(self, tokens: list[int], before: int, cache: list[LayerCache]) -> Floats:
         self.clock.start()
         x = kernels.widened(self._embed[tokens])
         if self._project_in is not None:
@@ -114,9 +127,12 @@ class Decoder:
 
     def drop(self, tokens: int, cache: list[LayerCache]) -> None:
         """Forget the last `tokens` of the last pass, as if they had not been in it."""
-        for layer, seen in zip(self._layers, cache, strict=True):
-            seen.drop(tokens)
-            layer.ffn.drop(tokens)
+        with self.exclusive():
+            last = self._latest is not None and self._latest() is cache[0]
+            for layer, seen in zip(self._layers, cache, strict=True):
+                seen.drop(tokens)
+                if last:  # else later passes have counted on what the cache holds
+                    layer.ffn.drop(tokens)
 
     def _block(self, layer: Layer, x: Floats, seen: LayerCache) -> Floats:
         """x [tokens, d_model] after one layer."""
@@ -146,10 +162,20 @@ class Decoder:
 
     def logits(self, hidden: Floats) -> Floats:
         """Hidden states [tokens, width] -> float32 [tokens, vocabulary]."""
-        self.clock.start()
-        logits = self._head(hidden)
-        self.clock.lap("head")
-        return logits
+        with self.exclusive():
+            self.clock.start()
+            logits = self._head(hidden)
+            self.clock.lap("head")
+            return logits
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """No other thread computes meanwhile. Raises UsageError in a process that was forked from
+        the one that loaded the model: it has none of its reading threads."""
+        if os.getpid() != self._process:
+            raise UsageError("the model was loaded by another process: load it after the fork")
+        with self._lock:
+            yield
 
     def check(self, ids: Sequence[int], count: int) -> list[int]:
         """The ids as plain integers. Raises UsageError unless they are tokens of the model and

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +57,10 @@ class Sampling:
 
 
 class Model:
-    """A language model on a bundle file; a context manager. Made by `load_model`."""
+    """A language model on a bundle file; a context manager. Made by `load_model`.
+
+    Threads may share it, and generations may alternate: their passes take turns.
+    """
 
     def __init__(
         self,
@@ -74,6 +79,9 @@ class Model:
         self.mode = selecting.mode
         self.budget: Budget | None = None
         self.draft_stats = DraftStats()
+        self._process = os.getpid()
+        self._texts: WeakKeyDictionary[LayerCache, int] = WeakKeyDictionary()  # and their tokens
+        self._texts_lock = threading.Lock()
         with ExitStack() as stack, naming(path):
             self.file = stack.enter_context(BundleFile(path))
             config = decoder_config(self.file.config, len(self.file.groups))
@@ -124,8 +132,10 @@ class Model:
         return self.decoder.clock
 
     def close(self) -> None:
-        """Let go of the file. May be called twice."""
-        self._open.close()
+        """Let go of the file, once no thread computes. May be called twice."""
+        turn = self.decoder.exclusive() if os.getpid() == self._process else nullcontext()
+        with turn:
+            self._open.close()
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """float32 [tokens, vocabulary]; keys and values are not kept between calls."""
@@ -201,14 +211,18 @@ class Model:
 
     def _new_cache(self, tokens: int) -> list[LayerCache]:
         """Room for the keys and values of that many tokens."""
-        if self._tokens is not None and tokens > self._tokens:
-            raise UsageError(
-                "a longer text than the memory was divided for",
-                field="tokens",
-                expected=f"at most {self._tokens}",
-                found=tokens,
-            )
-        return self.decoder.new_cache(tokens)
+        with self._texts_lock:
+            left = tokens if self._tokens is None else self._tokens - sum(self._texts.values())
+            if tokens > left:
+                raise UsageError(
+                    "a longer text than the memory was divided for",
+                    field="tokens",
+                    expected=f"at most {left}" + (", beside other texts" if self._texts else ""),
+                    found=tokens,
+                )
+            cache = self.decoder.new_cache(tokens)
+            self._texts[cache[0]] = tokens
+            return cache
 
     def _made(
         self,

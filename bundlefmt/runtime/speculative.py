@@ -8,6 +8,7 @@ wrong is in vain: their keys and values are dropped, and their neurons do not co
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
@@ -31,6 +32,26 @@ class DraftStats:
     accepted: int = 0
     made: int = 0
     seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def add(
+        self,
+        *,
+        passes: int = 0,
+        proposed: int = 0,
+        accepted: int = 0,
+        made: int = 0,
+        seconds: float = 0.0,
+    ) -> None:
+        """Count these, too."""
+        with self._lock:
+            self.passes += passes
+            self.proposed += proposed
+            self.accepted += accepted
+            self.made += made
+            self.seconds += seconds
 
     @property
     def accepted_rate(self) -> float:
@@ -64,7 +85,7 @@ class Draft:
         start = time.perf_counter()
         if self._room(text) > 0:
             self._decoder.forward(text, self._seen)
-        self._stats.seconds += time.perf_counter() - start
+        self._stats.add(seconds=time.perf_counter() - start)
 
     def continued(
         self,
@@ -85,10 +106,12 @@ class Draft:
             target.drop(len(proposed) - agreed, seen)
             self._keep(len(text) + agreed)
             made = _up_to(eos, chosen[: agreed + 1])
-            self._stats.passes += 1
-            self._stats.proposed += len(proposed)
-            self._stats.accepted += min(agreed, len(made))
-            self._stats.made += len(made)
+            self._stats.add(
+                passes=1,
+                proposed=len(proposed),
+                accepted=min(agreed, len(made)),
+                made=len(made),
+            )
             yield from made
             if made[-1] in eos:
                 return
@@ -106,7 +129,7 @@ class Draft:
             if token in eos:
                 break
             fed = [token]
-        self._stats.seconds += time.perf_counter() - start
+        self._stats.add(seconds=time.perf_counter() - start)
         return proposed
 
     def _room(self, text: Sequence[int]) -> int:
