@@ -15,11 +15,21 @@ import pytest
 from numpy.typing import NDArray
 
 import bundlefmt
+from bundlefmt import native
+from bundlefmt.errors import UsageError
 from bundlefmt.native import CPUS
 from bundlefmt.storage.buffers import aligned_empty
 from tools import make_checkpoint
 
 ROUNDS = 15
+
+
+def pytest_sessionstart() -> None:
+    """Stop where there is no core to measure, and nobody asked to do without."""
+    try:
+        native.require()
+    except UsageError as error:
+        pytest.exit(str(error), returncode=2)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -31,6 +31,7 @@ from bench.paper.limits import MemoryGroup
 from bench.paper.records import Settings
 from bench.paper.running import ROOT, Row, run
 from bench.paper.traces import Trace, fit
+from bundlefmt import native
 from bundlefmt.cli.arguments import parse_size
 from bundlefmt.errors import BundleError
 from bundlefmt.measurement import machine
@@ -108,6 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def files(args: argparse.Namespace) -> tuple[Path, Path | None]:
     """The bundle file and the checkpoint, which are made where they are not there."""
+    native.require()
     if args.bundle is not None:
         return args.bundle, args.checkpoint
     if args.folder is None:

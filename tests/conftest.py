@@ -14,7 +14,8 @@ import pytest
 from numpy.typing import NDArray
 
 import bundlefmt
-from bundlefmt.errors import ReadError
+from bundlefmt import native
+from bundlefmt.errors import ReadError, UsageError
 from bundlefmt.runtime import memory as memory_of
 from bundlefmt.storage.backends import BACKENDS, open_backend
 
@@ -23,6 +24,14 @@ FIXTURES = ROOT / "tests" / "fixtures"
 VECTORS = ROOT / "spec" / "vectors"
 SHARED = ROOT.parent / "shared"
 DEMO = Path(bundlefmt.__file__).parent / "demo_model"
+
+
+def pytest_sessionstart() -> None:
+    """Stop where there is no core to test, and nobody asked to do without."""
+    try:
+        native.require()
+    except UsageError as error:
+        pytest.exit(str(error), returncode=2)
 
 
 def without_sanitizers(why: str) -> pytest.MarkDecorator:

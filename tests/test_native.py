@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 import xxhash
 from numpy.typing import NDArray
 
+import bundlefmt
 from bundlefmt import kernels, native
 from bundlefmt.layout.encodings import ENCODINGS, numbers_in
 
@@ -219,7 +222,7 @@ def test_simd_can_be_forced(simd: str) -> None:
     )
     done = in_a_new_process(code, BUNDLEFMT_SIMD=simd)
     if done.returncode:
-        assert "BUNDLEFMT_SIMD: instruction set not to be had" in done.stderr
+        assert "BUNDLEFMT_SIMD: instruction set not available" in done.stderr
         assert f"found {simd}" in done.stderr
         assert simd != "portable"
         return
@@ -260,6 +263,54 @@ def test_the_runtime_computes_the_same_with_and_without_the_core(
     np.testing.assert_allclose(kernels.ffn(x, *parts, group), first, rtol=1e-4, atol=1e-6)
     second_product = kernels.matmul_encoded(x, parts[0].stored, encoding)
     np.testing.assert_allclose(second_product, first_product, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def without_core(tmp_path: Path) -> Path:
+    """A folder with the package as a source tree has it: not built."""
+    package = Path(bundlefmt.__file__).parent
+    shutil.copytree(
+        package, tmp_path / "bundlefmt", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "demo",
+        "bench --size 1M",
+        "calibrate",
+        "run demo.bundle --prompt x",
+        "eval demo.bundle --text x",
+    ],
+)
+def test_nothing_runs_or_is_measured_without_the_core_unless_asked(
+    command: str, without_core: Path, demo_bundle: Path
+) -> None:
+    (without_core / "pyproject.toml").touch()
+    (without_core / "demo.bundle").symlink_to(demo_bundle)
+    code = [sys.executable, "-m", "bundlefmt", *command.split()]
+    done = subprocess.run(code, cwd=without_core, capture_output=True, text=True, env=_no_core())
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "the native core is missing" in done.stderr
+    assert "--core python" in done.stderr
+    assert f"{without_core} is a source tree" in done.stderr
+
+
+@pytest.mark.parametrize("asked", ["by option", "at install"])
+def test_the_core_is_done_without_where_that_was_asked_for(asked: str, without_core: Path) -> None:
+    options = ["--core", "python"] if asked == "by option" else []
+    if not options:
+        (without_core / "bundlefmt" / "native" / "left_out.py").touch()
+    code = [sys.executable, "-m", "bundlefmt", "demo", *options]
+    done = subprocess.run(code, cwd=without_core, capture_output=True, text=True, env=_no_core())
+    assert done.returncode == 0, done.stderr
+
+
+def _no_core() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "BUNDLEFMT_CORE"}
 
 
 def test_the_core_can_be_switched_off() -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from bundlefmt import __version__
+from bundlefmt.cli import arguments
 from bundlefmt.errors import BundleError, UsageError, printable
 
 COMMANDS = (
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
+    arguments.choose_core(args)
     try:
         status: int = args.run(args)
     except BundleError as error:

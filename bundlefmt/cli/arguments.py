@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 
 BACKENDS = ("auto", "uring", "direct", "buffered", "mmap")
@@ -10,6 +11,7 @@ THREADS = 32
 QUEUE_DEPTH = 128
 BATCH = 512  # neurons
 ORDERS = ("random", "sorted")
+CORES = ("native", "python")
 POLICIES = ("lfu", "lru", "window", "none")
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -47,6 +49,21 @@ def parse_share(text: str) -> float:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """`--json`"""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def add_core(parser: argparse.ArgumentParser) -> None:
+    """`--core`, as every command that runs a model or measures takes it."""
+    parser.add_argument(
+        "--core",
+        choices=CORES,
+        help="python: compute and read in Python and NumPy, without the compiled core; much slower",
+    )
+
+
+def choose_core(args: argparse.Namespace) -> None:
+    """Heed --core, in this process, which has not looked for its core yet, and in its children."""
+    if getattr(args, "core", None) is not None:
+        os.environ["BUNDLEFMT_CORE"] = args.core
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:

@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plot", metavar="FILE", help="draw throughput against chunk size: .png or .svg"
     )
     arguments.add_reading(parser)
+    arguments.add_core(parser)
     arguments.add_json(parser)
 
 

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=arguments.parse_size, default=SIZE, help="of the temporary file in a folder"
     )
+    arguments.add_core(parser)
     arguments.add_json(parser)
 
 

@@ -13,6 +13,7 @@ HELP = "pack the small model that ships with the package and generate from it"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
+    arguments.add_core(parser)
     arguments.add_json(parser)
 
 

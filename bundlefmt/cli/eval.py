@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "and in the modes predict and topk)",
     )
     arguments.add_caching(parser)
+    arguments.add_core(parser)
     arguments.add_json(parser)
 
 

@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeline", metavar="FILE.svg", help="draw there where the last pass's time went"
     )
     arguments.add_reading(parser)
+    arguments.add_core(parser)
     arguments.add_json(parser)
 
 

@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", metavar="DIR", help="default: the model's name with .traces"
     )
     parser.add_argument("--max-tokens", type=int, metavar="N", help="default: the whole text")
+    arguments.add_core(parser)
     arguments.add_json(parser)
 
 

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the share of active neurons to find, which sets the thresholds",
     )
     parser.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help="over the trace")
+    arguments.add_core(parser)
     arguments.add_json(parser)
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bundlefmt import native
 from bundlefmt.errors import ReadError, UsageError
 from bundlefmt.file import BundleFile
 from bundlefmt.layout.header import Group
@@ -109,6 +110,7 @@ def bench(
 
     Raises UsageError for settings that cannot be, ReadError and WriteError when the device fails.
     """
+    native.require()
     pattern = Pattern(batch, order, adjacent)
     pattern.check()
     if model is None and adjacent:

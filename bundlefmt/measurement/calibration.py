@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bundlefmt import kernels
+from bundlefmt import kernels, native
 from bundlefmt.errors import UsageError
 from bundlefmt.flash import profiles
 from bundlefmt.flash.costmodel import VERSION, DeviceProfile, SizeCost
@@ -83,6 +83,7 @@ def calibrate(
     Raises UsageError for settings that cannot be and a file that is too small to measure on,
     ReadError and WriteError when the device fails.
     """
+    native.require()
     if not seconds >= 0:
         raise UsageError("out of range", field="seconds", expected="0 or more", found=seconds)
     folder = Path(path).is_dir()

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from bundlefmt import native
 from bundlefmt.errors import FormatError, ReadError, UsageError
 from bundlefmt.file import BundleFile
 from bundlefmt.layout.arithmetic import round_up
@@ -181,6 +182,7 @@ def compare(
     Raises UsageError for settings that cannot be, WriteError where there is no room for the
     copies, FormatError when a reader brings other bytes than the file has.
     """
+    native.require()
     pattern = Pattern(batch, order, adjacent)
     pattern.check()
     with (

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from bundlefmt import kernels
+from bundlefmt import kernels, native
 from bundlefmt.errors import BundleError, FormatError, UsageError, naming
 from bundlefmt.file import BundleFile
 from bundlefmt.flash import profiles
@@ -280,8 +280,10 @@ def load_model(
     pays on the file's device, if it was calibrated) are the reader's
     (`BundleFile.reader`); `compute_threads`, where given, becomes the process's number of threads
     to compute with (`kernels.set_threads`). `progress` gets (layers loaded, layers in all). Raises
-    UsageError for a model, mode or memory that cannot be, FormatError for a damaged file.
+    UsageError for a model, mode or memory that cannot be and where the native core is missing
+    unasked (`native.require`), FormatError for a damaged file.
     """
+    native.require()
     if compute_threads is not None:
         kernels.set_threads(compute_threads)
     return Model(
