@@ -526,6 +526,7 @@ def test_sliding_windows_hold_for_the_layers_that_the_config_means(
     numbers = {
         "hidden_size": 32,
         "num_attention_heads": 4,
+        "num_key_value_heads": 4,
         "num_hidden_layers": 3,
         "rms_norm_eps": 1e-6,
     }

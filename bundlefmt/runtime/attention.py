@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from bundlefmt import kernels
 from bundlefmt.kernels import Floats
-from bundlefmt.runtime.config import Attention, DecoderConfig, Rope
+from bundlefmt.runtime.config import Attention, DecoderConfig
+from bundlefmt.runtime.rope import Rope
 from bundlefmt.runtime.weights import Linear, Norm, Weights
 
 _QUERIES = 256  # tokens of a prompt whose scores are in memory at once
@@ -47,18 +48,12 @@ class AttentionLayer:
         self._head_dim = config.head_dim
         self._rope = config.rope
         self._groups = self.shape.kv_heads if config.qkv_by_group else 1
-        q = self.shape.heads * config.head_dim
-        kv = self.shape.kv_heads * config.head_dim
-        roles = {"qkv": q + 2 * kv} if "qkv" in config.names else {"q": q, "k": kv, "v": kv}
-        self._projections = [
-            weights.linear(role, layer, width, config.d_model) for role, width in roles.items()
-        ]
-        self._out: Linear = weights.linear("out", layer, config.d_model, q)
+        roles = ("qkv",) if "qkv" in config.names else ("q", "k", "v")
+        self._projections = [weights.linear(role, layer) for role in roles]
+        self._out: Linear = weights.linear("out", layer)
         self._head_norms: list[Norm] = []
         if config.head_norms:
-            self._head_norms = [
-                weights.norm(role, config.head_dim, layer) for role in ("q_norm", "k_norm")
-            ]
+            self._head_norms = [weights.norm(role, layer) for role in ("q_norm", "k_norm")]
 
     def new_cache(self, tokens: int) -> LayerCache:
         """An empty cache for this layer, with room for that many tokens."""

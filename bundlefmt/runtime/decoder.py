@@ -5,13 +5,14 @@ from __future__ import annotations
 import operator
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 from weakref import ReferenceType, ref
 
 from bundlefmt import kernels
-from bundlefmt.errors import UsageError
+from bundlefmt.errors import FormatError, UsageError, printable
 from bundlefmt.file import BundleFile
 from bundlefmt.flash.cache import NeuronCache
 from bundlefmt.kernels import Floats
@@ -24,6 +25,9 @@ from bundlefmt.runtime.rotation import Rotation
 from bundlefmt.runtime.selection import Selecting, Selection
 from bundlefmt.runtime.streamer import Streamer
 from bundlefmt.runtime.weights import Norm, Weights
+
+_SHOWN = 4  # names of unused tensors
+_LONGEST = 1000  # characters of a warning
 
 
 class Layer(NamedTuple):
@@ -63,22 +67,27 @@ class Decoder:
         self._ahead = ahead
         self._rotation = rotation
         weights = Weights(file, config, rotation)
-        self._project_in = weights.projection("project_in")
-        self._project_out = weights.projection("project_out")
-        self._embed = weights.matrix("embed", None if self._project_in else config.d_model)
-        self._positions = weights.optional_matrix("positions", config.d_model)
-        self._norm = weights.norm("norm", config.d_model) if config.final_norm else None
+        self._project_in = self._project_out = None
+        if config.embed_width != config.d_model:
+            self._project_in = weights.linear("project_in")
+            self._project_out = weights.linear("project_out")
+        self._embed = weights.matrix("embed")
+        learned = config.position_offset is not None
+        self._positions = weights.matrix("positions") if learned else None
+        self._norm = weights.norm("norm") if config.final_norm else None
         self._head = weights.head(self._embed)
         ffn_norm = "ffn_norm" if "ffn_norm" in config.names else "attention_norm"
         self._layers: list[Layer] = []
         for i in range(len(config.layers)):
             progress(i, len(config.layers))
-            first = weights.norm("attention_norm", config.d_model, i)
+            _check_group(file.group(i), config)
+            first = weights.norm("attention_norm", i)
             attention = AttentionLayer(config, weights, i)
-            second = weights.norm(ffn_norm, config.d_model, i)
+            second = weights.norm(ffn_norm, i)
             fed = second if config.norm_first else first
             ffn = FfnLayer(file, file.group(i), streamer, selecting, fed, self.clock, caches[i])
             self._layers.append(Layer(first, attention, second, ffn))
+        _tell_of_unused(file, weights.unused)
 
     @property
     def vocabulary(self) -> int:
@@ -198,3 +207,32 @@ class Decoder:
                 found=count,
             )
         return tokens
+
+
+def _check_group(group: Group, config: DecoderConfig) -> None:
+    """Refuse an FFN that does not fit between the layers, or has biases where the config says that
+    it has none, or none where it has."""
+    if group.d_model != config.d_model:
+        raise FormatError(
+            "FFN does not fit the config",
+            field=f"{group.label}, d_model",
+            expected=config.d_model,
+            found=group.d_model,
+        )
+    for part in group.parts:
+        if (part.bias is not None) != ("ffn" in config.biased):
+            raise FormatError(
+                "FFN does not fit the config",
+                field=f"{group.label}, {part.name}",
+                expected="a bias" if part.bias is None else "no bias",
+                found=part.bias or "none",
+            )
+
+
+def _tell_of_unused(file: BundleFile, names: Sequence[str]) -> None:
+    """Warn of tensors that the model is computed without, as adapters that were not merged are."""
+    if names:
+        count = "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
+        shown = ", ".join(map(printable, names[:_SHOWN])) + (", ..." if names[_SHOWN:] else "")
+        message = f"{printable(file.path)}: {count} not used: {shown}"
+        warnings.warn(message[:_LONGEST], stacklevel=2)

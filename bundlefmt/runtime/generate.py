@@ -320,7 +320,7 @@ def _eos(file: BundleFile) -> frozenset[int]:
     if "generation_config.json" not in file.blob_names:
         return frozenset()
     try:
-        return eos_of(json.loads(file.blob("generation_config.json")))
+        return eos_of(json.loads(file.blob("generation_config.json")), "generation_config.json")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"not understood: {error}", field="generation_config.json") from None
 

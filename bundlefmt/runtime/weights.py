@@ -1,4 +1,4 @@
-"""Resident tensors by role."""
+"""What a model computes with besides its FFNs, loaded from resident tensors."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundlefmt import kernels
-from bundlefmt.errors import FormatError
 from bundlefmt.file import BundleFile
 from bundlefmt.layout.header import Tensor
 from bundlefmt.runtime.config import DecoderConfig
+from bundlefmt.runtime.roles import find, prefix_of, stem_of
 from bundlefmt.runtime.rotation import Rotation
 
-_DTYPES = ("F32", "F16", "BF16")
 _ATTENTION = {"qkv", "q", "k", "v", "out"}  # the roles of its matrices
 
 
@@ -55,28 +54,22 @@ class Norm(NamedTuple):
 def attention_matrices(file: BundleFile, config: DecoderConfig, layer: int) -> list[Tensor]:
     """The matrices of a layer's attention that can be read straight into memory: those stored
     without a codec."""
-    found = []
-    for role in _ATTENTION & config.names.keys():
-        name = _name(file, f"{config.names[role].format(i=layer)}.weight")
-        if name is not None and file.tensor_entry(name).data.codec == "raw":
-            found.append(file.tensor_entry(name))
+    prefix = prefix_of(config, file.tensor_names)
+    names = {
+        f"{stem_of(config, prefix, role, layer)}.weight"
+        for role in _ATTENTION & config.names.keys()
+    }
+    found = [
+        tensor
+        for tensor in file.header.tensors
+        if tensor.name in names and tensor.data.codec == "raw"
+    ]
     return sorted(found, key=lambda tensor: tensor.data.offset)
 
 
-def _name(file: BundleFile, suffix: str) -> str | None:
-    """The one tensor whose name ends so; None when there is none."""
-    names = [name for name in file.tensor_names if name == suffix or name.endswith(f".{suffix}")]
-    if len(names) > 1:
-        raise FormatError(
-            "two tensors for one role", file=file.path, field=names[0], found=names[1]
-        )
-    return names[0] if names else None
-
-
 class Weights:
-    """A bundle file's resident tensors, found by the roles of a DecoderConfig. What is asked for
-    and not there, or there in another shape, is a FormatError. The matrices of a rotation are left
-    to it."""
+    """A bundle file's resident tensors by the roles of a DecoderConfig; raises what `roles.find`
+    raises. The matrices of a rotation are left to it."""
 
     def __init__(
         self,
@@ -87,87 +80,44 @@ class Weights:
         self._file = file
         self._config = config
         self._rotation = rotation
+        self._roles = find(config, {tensor.name: tensor for tensor in file.header.tensors})
 
-    def matrix(self, role: str, width: int | None = None) -> NDArray[Any]:
-        """A matrix [any, width] as stored."""
-        found = self.optional_matrix(role, width)
-        if found is None:
-            raise self._missing(self._config.names[role])
-        return found
+    @property
+    def unused(self) -> list[str]:
+        """Names of resident tensors that nothing is computed from."""
+        header = self._file.header
+        biases = {part.bias for group in header.groups for part in group.parts}
+        predictors = {name for entry in header.predictors for name in (entry.a, entry.b)}
+        return [name for name in self._roles.unused if name not in biases | predictors]
 
-    def optional_matrix(self, role: str, width: int | None = None) -> NDArray[Any] | None:
-        """A matrix [any, width] as stored, None when it is not there."""
-        suffix = self._config.names.get(role)
-        return None if suffix is None else self._find(suffix, (None, width))
+    def matrix(self, role: str) -> NDArray[Any]:
+        """A matrix as stored."""
+        return self._file.tensor(self._roles.weights[role, None])
 
-    def linear(self, role: str, layer: int, outputs: int, inputs: int) -> Linear:
-        """A layer's linear map, with its bias where there is one."""
-        stem = self._config.names[role].format(i=layer)
-        name = self._named(f"{stem}.weight", (outputs, inputs))
-        if name is None:
-            raise self._missing(f"{stem}.weight")
+    def linear(self, role: str, layer: int | None = None) -> Linear:
+        """A linear map, with its bias where it has one."""
+        name = self._roles.weights[role, layer]
         rotates = self._rotation is not None and name in self._rotation.names
         weight = name if rotates else self._file.tensor(name)
-        return Linear(weight, self._vector(f"{stem}.bias", outputs), self._rotation)
-
-    def projection(self, role: str) -> Linear | None:
-        """A linear map between embeddings and layers; None when the model has none."""
-        stem = self._config.names.get(role)
-        weight = None if stem is None else self._find(f"{stem}.weight", (None, None))
-        return None if weight is None else Linear(weight, None)
+        return Linear(weight, self._bias(role, layer), self._rotation)
 
     def head(self, embed: NDArray[Any]) -> Linear:
-        """The map from hidden states to logits: the embeddings' own weights where there are no
-        others, with its bias where there is one."""
-        stem = self._config.names["head"]
-        found = self._find(f"{stem}.weight", (None, embed.shape[1]))
-        weight = embed if found is None else found
-        return Linear(weight, self._vector(f"{stem}.bias", weight.shape[0]))
+        """The map from hidden states to logits. Where its weights are those of the embeddings, they
+        are `embed`."""
+        names = self._roles.weights
+        tied = names["head", None] == names["embed", None]
+        weight = embed if tied else self._file.tensor(names["head", None])
+        return Linear(weight, self._bias("head", None))
 
-    def norm(self, role: str, width: int, layer: int | None = None) -> Norm:
-        """A norm over `width` numbers."""
-        stem = self._config.names[role].format(i=layer)
-        weight = self._vector(f"{stem}.weight", width)
-        if weight is None:
-            raise self._missing(f"{stem}.weight")
-        bias = self._vector(f"{stem}.bias", width) if self._config.norm == "layer" else None
-        return Norm(self._config.norm, weight, bias, self._config.norm_epsilon)
-
-    def _vector(self, suffix: str, length: int) -> NDArray[np.float32] | None:
-        found = self._find(suffix, (length,))
-        return None if found is None else kernels.widened(found)
-
-    def _find(self, suffix: str, shape: tuple[int | None, ...]) -> NDArray[Any] | None:
-        """The tensor whose name ends so; None in `shape` stands for any length."""
-        name = self._named(suffix, shape)
-        return None if name is None else self._file.tensor(name)
-
-    def _named(self, suffix: str, shape: tuple[int | None, ...]) -> str | None:
-        """The name that ends so, of a tensor that fits."""
-        name = _name(self._file, suffix)
+    def norm(self, role: str, layer: int | None = None) -> Norm:
+        """A norm; without weights of its own it has ones."""
+        name = self._roles.weights.get((role, layer))
         if name is None:
-            return None
-        entry = self._file.tensor_entry(name)
-        if entry.dtype not in _DTYPES:
-            raise FormatError(
-                "weights of a dtype that this runtime does not compute with",
-                file=self._file.path,
-                field=name,
-                expected=", ".join(_DTYPES),
-                found=entry.dtype,
-            )
-        fits = len(entry.shape) == len(shape) and all(
-            wanted in (None, length) for wanted, length in zip(shape, entry.shape, strict=True)
-        )
-        if not fits or 0 in entry.shape:
-            raise FormatError(
-                "tensor does not fit the config",
-                file=self._file.path,
-                field=name,
-                expected=["any" if length is None else length for length in shape],
-                found=list(entry.shape),
-            )
-        return name
+            weight = np.ones(self._config.d_model, dtype=np.float32)
+        else:
+            weight = kernels.widened(self._file.tensor(name))
+        return Norm(self._config.norm, weight, self._bias(role, layer), self._config.norm_epsilon)
 
-    def _missing(self, name: str) -> FormatError:
-        return FormatError("no such resident tensor", file=self._file.path, field=name)
+    def _bias(self, role: str, layer: int | None) -> NDArray[np.float32] | None:
+        name = self._roles.biases.get((role, layer))
+        return None if name is None else kernels.widened(self._file.tensor(name))
