@@ -116,13 +116,14 @@ def run(
             **reading,
         ) as model,
     ):
+        tokenizer.check(ids, model.decoder.vocabulary)
         keeps_spans = timeline is not None
         generation = _Timed(
             model, ids, max_new_tokens, sampling, drafting, draft_tokens, keeps_spans
         )
         load_seconds = time.perf_counter() - start
         text = ""
-        for piece in tokenizer.pieces(generation):
+        for piece in tokenizer.pieces(generation, after=ids):
             text += piece
             on_text(piece)
         if timeline is not None:
