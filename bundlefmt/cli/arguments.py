@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 
 BACKENDS = ("auto", "uring", "direct", "buffered", "mmap")
@@ -26,6 +27,15 @@ def parse_size(text: str) -> int:
 def parse_sizes(text: str) -> list[int]:
     """`4K,16K,64K` -> bytes."""
     return [parse_size(item) for item in text.split(",")]
+
+
+def text_of(argument: str) -> str:
+    """An argument as text: where the locale's encoding could not take it, as UTF-8."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(argument).decode(errors="surrogateescape")
+    return argument
 
 
 def parse_counts(text: str) -> list[int]:

@@ -95,9 +95,7 @@ class Tokenizer:
             if len(recent) > 4 * _CONTEXT:  # so that each token takes bounded time
                 recent = recent[-_CONTEXT:]
                 shown += len(self.decode(recent)) - len(text)
-        rest = self.decode(recent)[shown:]
-        if rest:
-            yield rest
+        yield self.decode(recent)[shown:]
 
     def _context(self, ids: Sequence[int]) -> list[int]:
         """The last ids, as many as the text of the next one may depend on."""

@@ -258,7 +258,9 @@ def _add_ends(tokenizer: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
     pieces = ["$A"]
     for name, place in (("bos_token", 0), ("eos_token", 2)):
         token = _token(config, name)
-        number = tokenizer.token_to_id(token) if token and config.get(f"add_{name}") else None
+        if token is None or not config.get(f"add_{name}"):
+            continue
+        number = tokenizer.token_to_id(token)
         if number is not None:
             ids[token] = number
             pieces.insert(place, token)
@@ -280,11 +282,11 @@ def _gpt2(file: BundleFile, config: dict[str, Any]) -> tokenizers.Tokenizer:
     vocabulary = _json_object(file, _VOCABULARY)
     with understood(file.path, f"{_VOCABULARY}, {_MERGES}"):
         lines = file.blob(_MERGES).decode().split("\n")
-        merges = [
-            tuple(line.rstrip("\r").split(" "))
-            for line in lines
-            if line and not line.startswith("#version")
-        ]
+        merges = []
+        for line in lines:
+            if line and not line.startswith("#version"):
+                left, right = line.rstrip("\r").split(" ")
+                merges.append((left, right))
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
     prefix = bool(config.get("add_prefix_space", False))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefix)
