@@ -16,7 +16,8 @@ from bundlefmt.runtime.evaluate import (
     log_probabilities,
     rows_at_once,
 )
-from bundlefmt.runtime.generate import Sampling, load_model
+from bundlefmt.runtime.generate import load_model
+from bundlefmt.runtime.sampling import Sampling
 from bundlefmt.runtime.text import Tokenizer
 
 try:

@@ -12,7 +12,8 @@ from typing import Any
 from bundlefmt.file import BundleFile
 from bundlefmt.runtime.clock import Span
 from bundlefmt.runtime.draft import DraftReport, opened_draft, report_of, yet_to_take
-from bundlefmt.runtime.generate import Model, Sampling, load_model
+from bundlefmt.runtime.generate import Model, load_model
+from bundlefmt.runtime.sampling import Sampling, check_count
 from bundlefmt.runtime.speculative import DRAFT_TOKENS
 from bundlefmt.runtime.text import Tokenizer
 from bundlefmt.runtime.timeline import drawing
@@ -90,6 +91,7 @@ def run(
     """
     start = time.perf_counter()
     sampling = Sampling(temperature, top_p, seed)
+    max_new_tokens = check_count("max_new_tokens", max_new_tokens)
     with BundleFile(path) as file:  # first, since it is part of the process that is budgeted for
         tokenizer = Tokenizer(file)
     ids = tokenizer.encode(prompt)
