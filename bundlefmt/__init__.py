@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as in typing, which takes longer to import than all of this
 if TYPE_CHECKING:
+    from typing import Any
+
     from bundlefmt.convert.pack import pack as pack
     from bundlefmt.convert.unpack import unpack as unpack
     from bundlefmt.convert.update import append as append

@@ -6,21 +6,26 @@ Every message is one line that names what is known of: file, field, offset, expe
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 _UNSET = object()
 
 
+_CONTROLS = re.compile("[\\0-\\x08\\x0b-\\x1f\\x7f-\\x9f]")
+
+
 def printable(text: object) -> str:
-    """`text` with control and other unprintable characters escaped, so that a hostile name
+    """`text` in one line: control and other unprintable characters escaped, so that a hostile name
     cannot drive a terminal or break a line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def printable_text(text: str) -> str:
-    """Like `printable`, for text of several lines: line ends and tabs stay."""
-    return "".join(c if c in "\n\t" else printable(c) for c in text)
+    """Text for a terminal: control characters are escaped, since they could drive it, but for line
+    ends and tabs. All else is text: blanks of every width, joiners, direction marks."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class BundleError(Exception):

@@ -98,7 +98,9 @@ def trace(
     if max_tokens is not None and max_tokens < 1:
         raise UsageError("out of range", field="max-tokens", expected="1 or more", found=max_tokens)
     with load_model(path, mode="dense") as model:
-        ids = Tokenizer(model.file).encode(_text(text))[:max_tokens]
+        tokenizer = Tokenizer(model.file)
+        ids = tokenizer.encode(_text(text))[:max_tokens]
+        tokenizer.check(ids, model.decoder.vocabulary)
         if not ids:
             raise UsageError("no text to run over", file=text)
         window = min(model.decoder.config.context or _WINDOW, _WINDOW)

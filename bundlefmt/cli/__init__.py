@@ -1,21 +1,17 @@
 """The command line: one small module per command, imported when it is asked for.
 
-Exit status: 0 done, 1 the file's or the device's fault, 2 the caller's. Errors are one line on
-standard error.
+Exit status: 0 done, 1 the file's or the device's fault, 2 the caller's, 130 interrupted. Errors are
+one line on standard error. This module imports next to nothing, so that interrupts are soon dealt
+with.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
 
-from bundlefmt import __version__
-from bundlefmt.cli import arguments
-from bundlefmt.errors import BundleError, UsageError, printable
+TYPE_CHECKING = False  # as in typing, which takes longer to import than all of this
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 COMMANDS = (
     "pack",
@@ -36,53 +32,57 @@ COMMANDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command; returns the exit status. Without `argv`, it is the whole process: the
+    arguments are its own, and once the command is done, no interrupt changes its status."""
     try:
-        try:
+        from bundlefmt.cli.interrupts import Interrupts
+
+        with Interrupts(lasting=argv is None):
             return _run(argv)
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output has gone: nothing is left to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except KeyboardInterrupt:
+        from bundlefmt.cli.output import complain
+
+        given = sys.argv[1:] if argv is None else argv
+        complain("interrupted", next((arg for arg in given if arg in COMMANDS), None))
+        return 130
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    args = _parser().parse_args(argv)
-    arguments.choose_core(args)
+    from bundlefmt.cli.output import abandon_stdout, complain, prepare_streams
+
+    prepare_streams()
+    try:
+        try:
+            return _command(argv)
+        finally:
+            sys.stdout.flush()
+    except OSError as error:  # of standard output: the command has dealt with any other
+        abandon_stdout()
+        if not isinstance(error, BrokenPipeError):  # else nobody is there to read about it
+            complain(f"standard output cannot be written: {error.strerror}")
+        return 1
+
+
+def _command(argv: Sequence[str] | None) -> int:
+    from bundlefmt.cli.arguments import choose_core
+    from bundlefmt.cli.output import complain
+    from bundlefmt.cli.parser import make_parser
+    from bundlefmt.errors import BundleError, UsageError
+
+    args = make_parser(COMMANDS).parse_args(argv)
+    choose_core(args)
     try:
         status: int = args.run(args)
     except BundleError as error:
-        print(f"bundlefmt {args.command}: {error}", file=sys.stderr)
+        complain(error, args.command)
         return 2 if isinstance(error, UsageError) else 1
     except BrokenPipeError:
         raise
     except OSError as error:
-        print(f"bundlefmt {args.command}: {printable(error)}", file=sys.stderr)
+        sys.stdout.flush()  # raises again if it was standard output's
+        complain(error, args.command)
         return 1
-    except KeyboardInterrupt:
-        print(f"bundlefmt {args.command}: interrupted", file=sys.stderr)
-        return 130
+    except MemoryError as error:
+        complain(f"out of memory: {error}" if str(error) else "out of memory", args.command)
+        return 1
     return status
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, like every other error."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="bundlefmt",
-        description="Run language models larger than memory, neuron by neuron from flash.",
-    )
-    parser.add_argument("--version", action="version", version=f"bundlefmt {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in COMMANDS:
-        module = importlib.import_module(f"bundlefmt.cli.{name.replace('-', '_')}")
-        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    return parser

@@ -30,6 +30,15 @@ def parse_sizes(text: str) -> list[int]:
     return [parse_size(item) for item in text.split(",")]
 
 
+def text_of(argument: str) -> str:
+    """An argument as text: where the locale's encoding could not take it, as UTF-8."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(argument).decode(errors="surrogateescape")
+    return argument
+
+
 def parse_counts(text: str) -> list[int]:
     """`1,8,32` -> integers."""
     try:

@@ -6,7 +6,6 @@ import argparse
 from dataclasses import asdict
 
 from bundlefmt.cli import arguments, output
-from bundlefmt.errors import printable_text
 
 HELP = "pack the small model that ships with the package and generate from it"
 
@@ -25,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         output.print_json({"same_text": report.same_text, **asdict(report)})
         return 0 if report.same_text else 1
-    print(printable_text(report.prompt + report.runs[0].text))
+    output.print_text(f"{report.prompt}{report.runs[0].text}\n")
     output.print_table(
         [
             "mode",

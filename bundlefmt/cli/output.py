@@ -3,14 +3,63 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
-from bundlefmt.errors import printable
+from bundlefmt.errors import printable, printable_text
 
 _PIPE_WIDTH = 160  # columns of a table that no terminal shows
+
+
+def prepare_streams() -> None:
+    """Make standard output and error usable, whatever they are.
+
+    Characters that their encoding lacks are escaped. A closed one gets /dev/null in its place, so
+    that no file that is opened takes its number: for standard output one that cannot be written,
+    which is an error like a full disk, for standard error one that swallows what it gets.
+    """
+    for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, mode)  # takes the lowest number that is free
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(number, "w", errors="backslashreplace", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+        elif getattr(stream, "errors", None) in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def abandon_stdout() -> None:
+    """Standard output goes nowhere from now on, with what it has not written yet."""
+    _abandon(sys.stdout)
+
+
+def complain(what: object, command: str | None = None) -> None:
+    """One line on standard error, if it can be written."""
+    name = f"bundlefmt {command}" if command else "bundlefmt"
+    try:
+        print(f"{name}: {printable(what)}", file=sys.stderr, flush=True)
+    except OSError:
+        _abandon(sys.stderr)
+
+
+def _abandon(stream: TextIO) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def print_text(text: str) -> None:
+    """Text as it is, at once; for a terminal, without the control characters that could drive
+    it."""
+    sys.stdout.write(printable_text(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
 
 
 def print_json(value: dict[str, Any]) -> None:

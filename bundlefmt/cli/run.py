@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from contextlib import ExitStack
 from dataclasses import asdict
 
 from bundlefmt.cli import arguments, output
-from bundlefmt.errors import printable_text
 
 HELP = "generate text, with the FFN read from flash"
 MODES = ("dense", "exact", "predict", "topk")
@@ -72,21 +70,20 @@ def run(args: argparse.Namespace) -> int:
     """Generate, printing the text as it comes and then how it went."""
     from bundlefmt.runtime.run import run as generate
 
-    unshown = args.prompt
+    prompt = unshown = arguments.text_of(args.prompt)
     loading = ExitStack()
 
     def show(piece: str) -> None:
         nonlocal unshown
         loading.close()  # the bar would take what is written for its own
         if not args.json:
-            sys.stdout.write(printable_text(unshown + piece))
-            sys.stdout.flush()
+            output.print_text(unshown + piece)
             unshown = ""
 
     with loading:
         report = generate(
             args.model,
-            args.prompt,
+            prompt,
             args.max_new_tokens,
             mode=args.mode,
             share=args.share,

@@ -16,7 +16,8 @@ from bundlefmt.runtime.evaluate import (
     log_probabilities,
     rows_at_once,
 )
-from bundlefmt.runtime.generate import Sampling, load_model
+from bundlefmt.runtime.generate import load_model
+from bundlefmt.runtime.sampling import Sampling
 from bundlefmt.runtime.text import Tokenizer
 
 try:
@@ -69,7 +70,9 @@ class BundleLM(TemplateLM):
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
         """Token ids; None for `add_special_tokens` adds what the tokenizer adds."""
-        return self._text.encode(string, special_tokens=add_special_tokens is not False)
+        ids = self._text.encode(string, special_tokens=add_special_tokens is not False)
+        self._text.check(ids, self.model.decoder.vocabulary)
+        return ids
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Each text's log-likelihood, in windows of the model's context."""
@@ -125,7 +128,7 @@ class BundleLM(TemplateLM):
         )
         ids = self.tok_encode(context)[-(self.max_length - count) :] or [self.prefix_token_id]
         text = ""
-        for piece in self._text.pieces(self.model.tokens(ids, count, sampling)):
+        for piece in self._text.pieces(self.model.tokens(ids, count, sampling), after=ids):
             text += piece
             ends = [text.index(stop) for stop in stops if stop in text]
             if ends:

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bundlefmt.errors import FormatError, UsageError
+from bundlefmt.errors import FormatError, UsageError, naming
 from bundlefmt.kernels import Floats
 from bundlefmt.runtime.generate import Model, load_model
+from bundlefmt.runtime.sampling import check_count, check_logits
 from bundlefmt.runtime.text import Tokenizer
 
 # Modes in which a token's logits do not depend on the tokens that are fed with it.
@@ -88,6 +89,8 @@ def evaluate(
     Raises what `load_model` raises, UsageError for a text that cannot be scored, FormatError for a
     model whose predictions are not numbers.
     """
+    if context is not None and check_count("context", context) < 2:
+        raise UsageError("out of range", field="context", expected="2 or more", found=context)
     with ExitStack() as stack:
         model = stack.enter_context(
             load_model(
@@ -100,7 +103,9 @@ def evaluate(
             )
         )
         width = window_width(model, context)
-        text = _text(text_path, Tokenizer(model.file), max_tokens)
+        tokenizer = Tokenizer(model.file)
+        text = _text(text_path, tokenizer, max_tokens)
+        tokenizer.check(text.ids, model.decoder.vocabulary)
         single = one_at_a_time
         if single is None:
             single = mode not in WHOLE_MODES or memory is not None
@@ -144,13 +149,26 @@ def windows(tokens: int, width: int) -> Iterator[Window]:
 
 def window_width(model: Model, context: int | None = None) -> int:
     """Tokens fed in one window: `context`, or what the model allows. Raises UsageError for a
-    context that is not the model's."""
+    context that is not the model's, FormatError for a model whose own holds no token and the one
+    that follows it."""
     allowed = model.decoder.config.context
+    if allowed is not None and allowed < 2:
+        raise FormatError(
+            "the model's context is too short to score",
+            file=model.file.path,
+            field="config.json",
+            expected="2 or more tokens",
+            found=allowed,
+        )
     if context is None:
         return min(allowed or _CONTEXT, _CONTEXT)
-    if context < 2 or (allowed is not None and context > allowed):
-        most = "or more" if allowed is None else f"to {allowed}, the model's"
-        raise UsageError("out of range", field="context", expected=f"2 {most}", found=context)
+    if allowed is not None and context > allowed:
+        raise UsageError(
+            "out of range",
+            field="context",
+            expected=f"2 to {allowed}, the model's",
+            found=context,
+        )
     return context
 
 
@@ -166,8 +184,11 @@ def hidden_states(model: Model, ids: Sequence[int], at_once: int) -> Floats:
 
 
 def log_probabilities(model: Model, hidden: Floats) -> NDArray[np.float64]:
-    """log P(token) after each hidden state: [tokens, vocabulary]."""
+    """log P(token) after each hidden state: [tokens, vocabulary]. Raises FormatError when the
+    model's predictions are not numbers."""
     logits = model.decoder.logits(hidden).astype(np.float64)
+    with naming(model.file.path):
+        check_logits(logits)
     logits -= logits.max(axis=1, keepdims=True)
     logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
     return logits
@@ -186,7 +207,7 @@ class _Text(NamedTuple):
 
 
 def _text(path: str | os.PathLike[str], tokenizer: Tokenizer, max_tokens: int | None) -> _Text:
-    if max_tokens is not None and max_tokens < 2:
+    if max_tokens is not None and check_count("max_tokens", max_tokens) < 2:
         raise UsageError("out of range", field="max_tokens", expected="2 or more", found=max_tokens)
     try:
         text = Path(path).read_bytes().decode()
@@ -202,7 +223,10 @@ def _text(path: str | os.PathLike[str], tokenizer: Tokenizer, max_tokens: int | 
     ids, ends = ids[:max_tokens], ends[:max_tokens]
     if len(ids) < 2:
         raise UsageError("nothing to score", file=path, expected="2 or more tokens", found=len(ids))
-    return _Text(ids, len(text[ends[0] : max(ends)].encode()))
+    scored = text[ends[0] : max(ends)].encode()
+    if not scored:
+        raise UsageError("nothing to score", file=path, expected="text after the first token")
+    return _Text(ids, len(scored))
 
 
 def _watched(text: _Text, width: int, progress: Callable[[int, int], None]) -> Iterator[Window]:

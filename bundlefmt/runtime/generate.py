@@ -7,8 +7,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -26,6 +24,7 @@ from bundlefmt.runtime.config import DecoderConfig, decoder_config, eos_of
 from bundlefmt.runtime.decoder import Decoder
 from bundlefmt.runtime.memory import Caches, Caching, make_caches, plan
 from bundlefmt.runtime.rotation import Rotation
+from bundlefmt.runtime.sampling import Sampling, check_count, choose
 from bundlefmt.runtime.selection import Selecting
 from bundlefmt.runtime.speculative import DRAFT_TOKENS, Draft, DraftStats
 from bundlefmt.runtime.streamer import Streamer
@@ -34,26 +33,6 @@ from bundlefmt.storage.backends import DEFAULT_QUEUE_DEPTH, DEFAULT_THREADS
 from bundlefmt.storage.buffers import PAGE
 
 _STREAMING = 8  # reads in flight, of a megabyte each: enough, and they leave room for neurons
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: greedily at temperature 0, else from the most likely tokens
-    that make up a share `top_p` of the probability."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise UsageError(
-                "out of range", field="temperature", expected="0 or more", found=self.temperature
-            )
-        if not 0 < self.top_p <= 1:
-            raise UsageError(
-                "out of range", field="top_p", expected="above 0, at most 1", found=self.top_p
-            )
 
 
 class Model:
@@ -170,10 +149,7 @@ class Model:
         draft_tokens: int = DRAFT_TOKENS,
     ) -> Iterator[int]:
         """Like `generate`, one id at a time as they are made."""
-        if max_new_tokens < 0:
-            raise UsageError(
-                "out of range", field="max_new_tokens", expected="0 or more", found=max_new_tokens
-            )
+        max_new_tokens = check_count("max_new_tokens", max_new_tokens)
         # The last token that is made is never itself an input.
         length = len(ids) + max(max_new_tokens - 1, 0)
         tokens = self.decoder.check(ids, length)
@@ -200,9 +176,8 @@ class Model:
                 found=draft.decoder.vocabulary,
             )
         context = draft.decoder.config.context or length
-        return Draft(
-            draft.decoder, draft._new_cache(min(length, context)), tokens, self.draft_stats
-        )
+        cache = draft._new_cache(min(length, context))
+        return Draft(draft.decoder, draft.file.path, cache, tokens, self.draft_stats)
 
     def _rotation(self, config: DecoderConfig, streamed: Sequence[int], verify: bool) -> Rotation:
         layers = {layer: attention_matrices(self.file, config, layer) for layer in streamed}
@@ -238,14 +213,18 @@ class Model:
             draft.read(ids)
         for _ in range(max_new_tokens):
             hidden = self.decoder.forward(context, cache)
-            token = _choose(self.decoder.logits(hidden[-1:])[0], sampling, random)
+            with naming(self.file.path):
+                token = choose(self.decoder.logits(hidden[-1:])[0], sampling, random)
             yield token
             if token in self._eos:
                 return
             context = [token]
             if draft is not None:
                 text = [*ids, token]
-                yield from draft.continued(self.decoder, cache, text, max_new_tokens - 1, self._eos)
+                with naming(self.file.path):
+                    yield from draft.continued(
+                        self.decoder, cache, text, max_new_tokens - 1, self._eos
+                    )
                 return
 
 
@@ -323,13 +302,3 @@ def _eos(file: BundleFile) -> frozenset[int]:
         return eos_of(json.loads(file.blob("generation_config.json")), "generation_config.json")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"not understood: {error}", field="generation_config.json") from None
-
-
-def _choose(logits: NDArray[Any], sampling: Sampling, random: np.random.Generator) -> int:
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    shares = kernels.softmax(logits.astype(np.float32) / np.float32(sampling.temperature))
-    best = np.argsort(-shares, kind="stable")
-    kept = best[: int(np.searchsorted(np.cumsum(shares[best]), sampling.top_p)) + 1]
-    weights = shares[kept].astype(np.float64)
-    return int(random.choice(kept, p=weights / weights.sum()))

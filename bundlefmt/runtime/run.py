@@ -12,7 +12,8 @@ from typing import Any
 from bundlefmt.file import BundleFile
 from bundlefmt.runtime.clock import Span
 from bundlefmt.runtime.draft import DraftReport, opened_draft, report_of, yet_to_take
-from bundlefmt.runtime.generate import Model, Sampling, load_model
+from bundlefmt.runtime.generate import Model, load_model
+from bundlefmt.runtime.sampling import Sampling, check_count
 from bundlefmt.runtime.speculative import DRAFT_TOKENS
 from bundlefmt.runtime.text import Tokenizer
 from bundlefmt.runtime.timeline import drawing
@@ -90,6 +91,7 @@ def run(
     """
     start = time.perf_counter()
     sampling = Sampling(temperature, top_p, seed)
+    max_new_tokens = check_count("max_new_tokens", max_new_tokens)
     with BundleFile(path) as file:  # first, since it is part of the process that is budgeted for
         tokenizer = Tokenizer(file)
     ids = tokenizer.encode(prompt)
@@ -116,13 +118,14 @@ def run(
             **reading,
         ) as model,
     ):
+        tokenizer.check(ids, model.decoder.vocabulary)
         keeps_spans = timeline is not None
         generation = _Timed(
             model, ids, max_new_tokens, sampling, drafting, draft_tokens, keeps_spans
         )
         load_seconds = time.perf_counter() - start
         text = ""
-        for piece in tokenizer.pieces(generation):
+        for piece in tokenizer.pieces(generation, after=ids):
             text += piece
             on_text(piece)
         if timeline is not None:

@@ -8,15 +8,17 @@ wrong is in vain: their keys and values are dropped, and their neurons do not co
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
-from bundlefmt.errors import UsageError
+from bundlefmt.errors import UsageError, naming
 from bundlefmt.kernels import FEW_TOKENS
 from bundlefmt.runtime.attention import LayerCache
 from bundlefmt.runtime.decoder import Decoder
+from bundlefmt.runtime.sampling import check_count, likeliest
 
 DRAFT_TOKENS = 4  # as in "LLM in a flash" (lambda)
 
@@ -65,17 +67,24 @@ class DraftStats:
 
 
 class Draft:
-    """A draft model at work on one text: `seen` keeps its keys and values. Raises UsageError for
-    a number of `tokens` per pass that cannot be."""
+    """A draft model, from the bundle file `path`, at work on one text: `seen` keeps its keys and
+    values. Raises UsageError for a number of `tokens` per pass that cannot be."""
 
     def __init__(
-        self, decoder: Decoder, seen: list[LayerCache], tokens: int, stats: DraftStats
+        self,
+        decoder: Decoder,
+        path: str | os.PathLike[str],
+        seen: list[LayerCache],
+        tokens: int,
+        stats: DraftStats,
     ) -> None:
+        tokens = check_count("draft_tokens", tokens)
         if not 1 <= tokens < FEW_TOKENS:  # with the token before them, they go through the cache
             raise UsageError(
                 "out of range", field="draft_tokens", expected=f"1..{FEW_TOKENS - 1}", found=tokens
             )
         self._decoder = decoder
+        self._path = path
         self._seen = seen
         self._tokens = tokens
         self._stats = stats
@@ -96,12 +105,13 @@ class Draft:
         eos: Set[int],
     ) -> Iterator[int]:
         """The target's greedy continuation of `text`, up to `count` tokens or one of `eos`; its
-        keys and values of all of the text but the last token are in `seen`."""
+        keys and values of all of the text but the last token are in `seen`. Raises FormatError
+        when the predictions of either are not numbers."""
         text, end = list(text), len(text) + count
         while len(text) < end:
             proposed = self._propose(text, end - len(text) - 1, eos)
             hidden = target.forward([text[-1], *proposed], seen)
-            chosen: list[int] = target.logits(hidden).argmax(axis=1).tolist()
+            chosen = likeliest(target.logits(hidden))
             agreed = _agreed(proposed, chosen)
             target.drop(len(proposed) - agreed, seen)
             self._keep(len(text) + agreed)
@@ -124,7 +134,8 @@ class Draft:
         fed, proposed = text[self._seen[0].length :], list[int]()
         for _ in range(count):
             hidden = self._decoder.forward(fed, self._seen)
-            token = int(self._decoder.logits(hidden[-1:])[0].argmax())
+            with naming(self._path):
+                token = likeliest(self._decoder.logits(hidden[-1:]))[0]
             proposed.append(token)
             if token in eos:
                 break
