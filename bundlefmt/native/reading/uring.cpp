@@ -63,11 +63,7 @@ class Uring : public Engine {
 
   void close() override {
     queue_.close();
-    if (!thread_.joinable()) return;
-    if (queue_.ours())
-      thread_.join();
-    else
-      thread_.detach();  // a child process does not have it
+    if (thread_.joinable()) thread_.join();
   }
 
  private:

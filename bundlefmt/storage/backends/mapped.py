@@ -35,7 +35,7 @@ class Mapped(Backend):
             raise ReadError(f"cannot be mapped: {error}", file=self.path) from error
         self._map.madvise(mmap.MADV_RANDOM)
         self._bytes = np.frombuffer(self._map, dtype=np.uint8)
-        self._engine = Pool(threads, self._read)
+        self._engine = Pool(self.path, threads, self._read)
 
     def _prepare(self, requests: Requests) -> None:
         # Touching a page that the file no longer has is a SIGBUS, not an error: look first.
