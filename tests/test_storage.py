@@ -29,6 +29,7 @@ from bundlefmt.storage.backends import (
     open_backend,
     whole_rows,
 )
+from bundlefmt.storage.backends.mapped import Mapped
 from bundlefmt.storage.buffers import aligned_empty
 from bundlefmt.storage.device import drop_cache, probe_direct, resident_memory
 from tests.conftest import ROOT, without_sanitizers
@@ -542,6 +543,23 @@ def test_a_file_cut_while_it_is_open_is_a_read_error(scratch: Path, name: str) -
 
 
 # Errors drain.
+
+
+def test_a_file_cut_under_its_mapping_is_a_read_error_and_no_signal(scratch: Path) -> None:
+    class Cut(Mapped):
+        def _prepare(self, requests: Requests) -> None:
+            super()._prepare(requests)
+            os.truncate(self.path, 4096)
+
+    child = os.fork()
+    if not child:
+        batch = Cut(scratch, 1, 1).submit(one(8192, np.empty(512, dtype=np.uint8)))
+        try:
+            batch.wait()
+        except ReadError as error:
+            os._exit(error.what == "read came up short" and error.offset == 8192)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 @pytest.mark.parametrize("name", SERVED)
