@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -671,6 +674,58 @@ def test_the_parts_of_a_batch_are_those_of_its_group(reader: Reader) -> None:
     assert [part.name for part in batch.group.bundled] == list(PARTS)
     assert batch.gate.base is not None  # a view of `raw`, not a copy
     assert np.shares_memory(batch.gate, batch.raw)
+
+
+# Memory that the reader recycles, and readers that threads share
+
+
+def test_memory_is_used_again_once_no_view_of_a_batch_is_left(reader: Reader) -> None:
+    batch = reader.read(0, range(NEURONS))
+    address, expected = batch.raw.ctypes.data, batch.up[10:20].copy()
+    views = [batch.up[10:20], memoryview(batch.up[10:20])]
+    del batch
+    while views:
+        for _ in range(8):
+            assert reader.read(1, range(NEURONS)).raw.ctypes.data != address
+        assert all(np.array_equal(view, expected) for view in views)
+        views.pop(0)
+    assert address in [reader.read(1, range(NEURONS)).raw.ctypes.data for _ in range(8)]
+
+
+@backends
+def test_threads_may_share_a_reader(wide_bundle: Path, backend: str) -> None:
+    rounds, switching = 30, sys.getswitchinterval()
+    with bundlefmt.open(wide_bundle) as file, file.reader(backend) as reader:
+        groups = len(file.groups)
+        rows = [reader.read(layer, range(200)).raw.copy() for layer in range(groups)]
+        before = replace(reader.stats)
+
+        def right(seed: int) -> bool:
+            random = np.random.default_rng(seed)
+            for _ in range(rounds):
+                layer, ids = int(random.integers(groups)), random.permutation(200)[:50]
+                if not np.array_equal(reader.read(layer, ids).raw, rows[layer][ids]):
+                    return False
+            return True
+
+        try:
+            sys.setswitchinterval(1e-6)
+            with ThreadPoolExecutor(4) as pool:
+                assert all(pool.map(right, range(4)))
+        finally:
+            sys.setswitchinterval(switching)
+        found = reader.stats.since(before)
+    assert found.bundles == 4 * rounds * 50
+    assert found.bytes_asked == 4 * rounds * 50 * rows[0].shape[1]
+
+
+def test_a_batch_that_two_threads_wait_for_is_counted_once(reader: Reader) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            pending = reader.submit(0, range(NEURONS))
+            results = [each.result() for each in [pool.submit(pending.result) for _ in range(8)]]
+            assert all(each is results[0] for each in results)
+    assert reader.stats.bundles == 20 * NEURONS
 
 
 # The counters
