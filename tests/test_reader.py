@@ -692,9 +692,19 @@ def test_memory_is_used_again_once_no_view_of_a_batch_is_left(reader: Reader) ->
     assert address in [reader.read(1, range(NEURONS)).raw.ctypes.data for _ in range(8)]
 
 
+@pytest.fixture
+def busy_switching() -> Iterator[None]:
+    """Python gives way to another thread whenever it may."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(usual)
+
+
 @backends
+@pytest.mark.usefixtures("busy_switching")
 def test_threads_may_share_a_reader(wide_bundle: Path, backend: str) -> None:
-    rounds, switching = 30, sys.getswitchinterval()
+    rounds = 30
     with bundlefmt.open(wide_bundle) as file, file.reader(backend) as reader:
         groups = len(file.groups)
         rows = [reader.read(layer, range(200)).raw.copy() for layer in range(groups)]
@@ -708,12 +718,8 @@ def test_threads_may_share_a_reader(wide_bundle: Path, backend: str) -> None:
                     return False
             return True
 
-        try:
-            sys.setswitchinterval(1e-6)
-            with ThreadPoolExecutor(4) as pool:
-                assert all(pool.map(right, range(4)))
-        finally:
-            sys.setswitchinterval(switching)
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(right, range(4)))
         found = reader.stats.since(before)
     assert found.bundles == 4 * rounds * 50
     assert found.bytes_asked == 4 * rounds * 50 * rows[0].shape[1]
@@ -747,3 +753,19 @@ def test_a_moment_in_which_reads_are_in_flight_is_counted_once(
     assert (stats.requests, stats.bundles) == (2 * count, 3 * count)
     assert (stats.bytes_asked, stats.bytes_read) == (10 * count, 12 * count)
     assert stats.seconds == 0.5 * count
+
+
+@pytest.mark.usefixtures("busy_switching")
+def test_several_threads_may_count() -> None:
+    class Arrived:
+        finished = 0
+
+        @property
+        def bytes_read(self) -> int:
+            return sum(1 for _ in range(12))
+
+    stats, asked = ReadStats(), ReadStats(requests=2)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(400):
+            pool.submit(stats.add, asked, cast(Batch, Arrived()), 0, 0.5)
+    assert (stats.requests, stats.bytes_read, stats.seconds) == (800, 4800, 200.0)
