@@ -9,6 +9,7 @@ done neuron by neuron.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -32,7 +33,7 @@ from bundlefmt.storage.backends import (
     Damaged,
     Requests,
 )
-from bundlefmt.storage.buffers import aligned_empty
+from bundlefmt.storage.buffers import Recycled, aligned_empty
 
 # A longer run is split so that several threads share it. 256 KiB and up reach an NVMe's
 # sequential rate: `bundlefmt bench --chunk-size 64K,256K,1M` measures it again.
@@ -67,6 +68,7 @@ class ReadStats:
 
     def __post_init__(self) -> None:
         self._latest: list[tuple[int, int]] = []  # spans that do not touch, ascending, in ns
+        self._adding = threading.Lock()
 
     @property
     def read_amplification(self) -> float:
@@ -76,13 +78,14 @@ class ReadStats:
     def add(self, asked: ReadStats, batch: Batch, began: int, waited: float) -> None:
         """All of a batch is there: it was to read what was `asked`, was submitted at `began` (as
         `time.perf_counter_ns` counts), and was waited for so many seconds."""
-        self.requests += asked.requests
-        self.bundles += asked.bundles
-        self.bytes_asked += asked.bytes_asked
-        self.bytes_read += batch.bytes_read
-        self.seconds += waited
-        if batch.finished > began:
-            self._in_flight(began, batch.finished)
+        with self._adding:
+            self.requests += asked.requests
+            self.bundles += asked.bundles
+            self.bytes_asked += asked.bytes_asked
+            self.bytes_read += batch.bytes_read
+            self.seconds += waited
+            if batch.finished > began:
+                self._in_flight(began, batch.finished)
 
     def _in_flight(self, began: int, ended: int) -> None:
         """Reads were, meanwhile: what others have not counted yet is counted as busy."""
@@ -239,6 +242,7 @@ class Pending:
         self._asked = asked
         self._stats = stats
         self._done = False
+        self._counts = iter((True,))  # whoever waits for the batch first
 
     @property
     def latencies(self) -> list[int]:
@@ -261,7 +265,8 @@ class Pending:
             except Damaged as damage:
                 raise self._error(damage) from None
             waited = time.perf_counter() - start
-            self._stats.add(self._asked, self._reads, self._began, waited)
+            if next(self._counts, False):
+                self._stats.add(self._asked, self._reads, self._began, waited)
             if self._placed.twins.size:
                 bundles.raw[self._placed.twins] = bundles.raw[self._placed.firsts]
             self._done = True
@@ -307,6 +312,7 @@ class Reader:
         self._file = file
         self._backend = backend
         self._spare = aligned_empty(min(gap, MAX_REQUEST))
+        self._memory = Recycled()
         self._checksums: dict[tuple[int, int | None], NDArray[np.uint64]] = {}
         self._slots: dict[tuple[int, int | None], NDArray[np.uint32] | None] = {}
 
@@ -429,7 +435,7 @@ class Reader:
         """`out`, or memory of the batch's own; any number of rows where `count` is None."""
         if out is None:
             count = count or 0
-            return aligned_empty(count * group.stride).reshape(count, group.stride)
+            return self._memory.empty(count * group.stride).reshape(count, group.stride)
         fits = (
             out.dtype == np.uint8
             and out.ndim == 2

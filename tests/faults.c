@@ -4,12 +4,15 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <pthread.h>
+#include <stdarg.h>
 #include <stdatomic.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 #ifdef URING
-#include <liburing.h>
+#include <linux/io_uring.h>
 #endif
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
@@ -65,34 +68,76 @@ ssize_t preadv(int fd, const struct iovec* views, int count, off_t offset) {
   return most;
 }
 
-static atomic_int ring_left, ring_error, ring_takes;
+static atomic_int ring_left, ring_error, ring_takes, setups_left, setup_error;
 
-// The ring's next `times` calls fail with `number`; with `takes`, it takes the reads on all the
-// same.
+// The ring's next `times` submissions fail with `number`; with `takes`, it takes the reads on all
+// the same.
 void break_ring(int times, int number, int takes) {
   ring_error = number;
   ring_takes = takes;
   ring_left = times;
 }
 
+// The next `times` rings are refused with `number`.
+void refuse_ring(int times, int number) {
+  setup_error = number;
+  setups_left = times;
+}
+
 #ifdef URING
-int io_uring_submit_and_wait(struct io_uring* ring, unsigned count) {
-  pass_gate();
-  if (counts_down(&ring_left)) {
-    if (ring_takes) io_uring_submit(ring);
-    return -ring_error;
-  }
-  const int submitted = REAL(io_uring_submit_and_wait)(ring, count);
-  unsigned head;
-  struct io_uring_cqe* entry;
-  io_uring_for_each_cqe(ring, head, entry) {
+static struct io_uring_params latest;
+static char* counters;  // of the latest ring
+
+// Spoils what the latest ring has brought and nobody has looked at.
+static void spoil(void) {
+  const unsigned end = __atomic_load_n((unsigned*)(counters + latest.cq_off.tail), __ATOMIC_ACQUIRE);
+  for (unsigned at = *(unsigned*)(counters + latest.cq_off.head); at != end; ++at) {
     if (!stumbles()) continue;
+    struct io_uring_cqe* entry = (struct io_uring_cqe*)(counters + latest.cq_off.cqes) +
+                                 (at & *(unsigned*)(counters + latest.cq_off.ring_mask));
     memset(filled, 0, filled_bytes);
     if (error || entry->res > most) entry->res = error ? -error : most;
   }
-  return submitted;
 }
 #endif
+
+long syscall(long number, ...) {
+  long of[6];
+  va_list list;
+  va_start(list, number);
+  for (int i = 0; i < 6; ++i) of[i] = va_arg(list, long);
+  va_end(list);
+  long (*const real)(long, ...) = REAL(syscall);
+#ifdef URING
+  if (number == SYS_io_uring_setup) {
+    if (counts_down(&setups_left)) {
+      errno = setup_error;
+      return -1;
+    }
+    const int fd = (int)real(number, of[0], of[1]);
+    if (fd < 0) return fd;
+    latest = *(struct io_uring_params*)of[1];
+    const size_t bytes = latest.cq_off.cqes + latest.cq_entries * sizeof(struct io_uring_cqe);
+    counters = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, IORING_OFF_SQ_RING);
+    return counters == MAP_FAILED ? -1 : fd;
+  }
+  if (number == SYS_io_uring_enter && of[2]) {
+    const long sent = of[1];
+    pass_gate();
+    if (sent && counts_down(&ring_left)) {
+      if (ring_takes) real(number, of[0], sent, 0L, 0L, NULL, 0L);
+      errno = ring_error;
+      return -1;
+    }
+    const long took = real(number, of[0], sent, of[2], of[3], NULL, 0L);
+    const int failed = errno;
+    spoil();
+    errno = failed;
+    return took;
+  }
+#endif
+  return real(number, of[0], of[1], of[2], of[3], of[4], of[5]);
+}
 
 static atomic_size_t forbidden;
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from bundlefmt import native
-from tests.conftest import without_sanitizers
+from tests.conftest import REFUSED, without_sanitizers
 
 pytestmark = [
     pytest.mark.skipif(native.core is None, reason=f"no native core: {native.reason}"),
@@ -105,7 +105,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("faults")
     library, data = folder / "faults.so", folder / "data"
     source = Path(__file__).with_name("faults.c")
-    ring = [] if NO_RING else ["-DURING", "-luring"]
+    ring = [] if NO_RING else ["-DURING"]
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl", *ring], check=True)
     data.write_bytes(os.urandom(100_000))
     preloaded = f"{os.environ.get('LD_PRELOAD', '')} {library}".strip()
@@ -182,6 +182,44 @@ except RuntimeError as error:
     print(json.dumps([failure, after, right, str(error)]))
 """
     assert run(code, json.dumps(RING[fault])) == [None, None, True, "the reader is closed"]
+
+
+@needs_ring
+@pytest.mark.parametrize("unknown", [1, 2])
+def test_a_kernel_that_does_not_know_the_newest_kinds_of_ring_gives_a_plain_one(
+    run: Run, unknown: int
+) -> None:
+    code = """
+faults.refuse_ring(int(sys.argv[3]), errno.EINVAL)
+reader = engine("uring", 4)
+memory, offsets = np.zeros(65536, np.uint8), range(0, 80000, 5000)
+failure = submit(reader, memory, *offsets).wait()
+right = memory.tobytes() == b"".join(content[offset : offset + 4096] for offset in offsets)
+print(json.dumps([failure, right]))
+"""
+    assert run(code, unknown) == [None, True]
+
+
+REFUSALS = {
+    errno.ENOSYS: "no io_uring: the kernel has none, or it is older than Linux 5.6",
+    errno.EPERM: "no io_uring: not permitted (seccomp, or the sysctl kernel.io_uring_disabled)",
+    errno.ENOMEM: f"no io_uring: {os.strerror(errno.ENOMEM)}",
+}
+
+
+@pytest.mark.skipif("uring" in REFUSED, reason=str(REFUSED.get("uring")))
+@pytest.mark.parametrize("error", REFUSALS)
+def test_where_the_kernel_refuses_a_ring_others_read_and_the_reason_is_told(
+    run: Run, error: int
+) -> None:
+    code = """
+from bundlefmt.storage.backends import open_backend
+faults.refuse_ring(1, int(sys.argv[3]))
+backend, reason = open_backend(sys.argv[2])
+backend.close()
+print(json.dumps([backend.name, reason]))
+"""
+    assert run(code, error) == ["direct", REFUSALS[error]]
 
 
 @needs_ring

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -673,6 +676,64 @@ def test_the_parts_of_a_batch_are_those_of_its_group(reader: Reader) -> None:
     assert np.shares_memory(batch.gate, batch.raw)
 
 
+# Memory that the reader recycles, and readers that threads share
+
+
+def test_memory_is_used_again_once_no_view_of_a_batch_is_left(reader: Reader) -> None:
+    batch = reader.read(0, range(NEURONS))
+    address, expected = batch.raw.ctypes.data, batch.up[10:20].copy()
+    views = [batch.up[10:20], memoryview(batch.up[10:20])]
+    del batch
+    while views:
+        for _ in range(8):
+            assert reader.read(1, range(NEURONS)).raw.ctypes.data != address
+        assert all(np.array_equal(view, expected) for view in views)
+        views.pop(0)
+    assert address in [reader.read(1, range(NEURONS)).raw.ctypes.data for _ in range(8)]
+
+
+@pytest.fixture
+def busy_switching() -> Iterator[None]:
+    """Python gives way to another thread whenever it may."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(usual)
+
+
+@backends
+@pytest.mark.usefixtures("busy_switching")
+def test_threads_may_share_a_reader(wide_bundle: Path, backend: str) -> None:
+    rounds = 30
+    with bundlefmt.open(wide_bundle) as file, file.reader(backend) as reader:
+        groups = len(file.groups)
+        rows = [reader.read(layer, range(200)).raw.copy() for layer in range(groups)]
+        before = replace(reader.stats)
+
+        def right(seed: int) -> bool:
+            random = np.random.default_rng(seed)
+            for _ in range(rounds):
+                layer, ids = int(random.integers(groups)), random.permutation(200)[:50]
+                if not np.array_equal(reader.read(layer, ids).raw, rows[layer][ids]):
+                    return False
+            return True
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(right, range(4)))
+        found = reader.stats.since(before)
+    assert found.bundles == 4 * rounds * 50
+    assert found.bytes_asked == 4 * rounds * 50 * rows[0].shape[1]
+
+
+def test_a_batch_that_two_threads_wait_for_is_counted_once(reader: Reader) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            pending = reader.submit(0, range(NEURONS))
+            results = [each.result() for each in [pool.submit(pending.result) for _ in range(8)]]
+            assert all(each is results[0] for each in results)
+    assert reader.stats.bundles == 20 * NEURONS
+
+
 # The counters
 
 
@@ -692,3 +753,19 @@ def test_a_moment_in_which_reads_are_in_flight_is_counted_once(
     assert (stats.requests, stats.bundles) == (2 * count, 3 * count)
     assert (stats.bytes_asked, stats.bytes_read) == (10 * count, 12 * count)
     assert stats.seconds == 0.5 * count
+
+
+@pytest.mark.usefixtures("busy_switching")
+def test_several_threads_may_count() -> None:
+    class Arrived:
+        finished = 0
+
+        @property
+        def bytes_read(self) -> int:
+            return sum(1 for _ in range(1000))
+
+    stats, asked = ReadStats(), ReadStats(requests=2)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(400):
+            pool.submit(stats.add, asked, cast(Batch, Arrived()), 0, 0.5)
+    assert (stats.requests, stats.bytes_read, stats.seconds) == (800, 400_000, 200.0)

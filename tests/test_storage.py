@@ -29,7 +29,8 @@ from bundlefmt.storage.backends import (
     open_backend,
     whole_rows,
 )
-from bundlefmt.storage.buffers import aligned_empty
+from bundlefmt.storage.backends.mapped import Mapped
+from bundlefmt.storage.buffers import KEPT, LARGEST, PAGE, Recycled, aligned_empty
 from bundlefmt.storage.device import drop_cache, probe_direct, resident_memory
 from tests.conftest import ROOT, without_sanitizers
 
@@ -121,6 +122,30 @@ def test_aligned_memory_is_aligned_zero_and_writable(nbytes: int, alignment: int
         assert not array.any()
         array[:] = number + 1
     assert all((array == number + 1).all() for number, array in enumerate(memory))
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "kept"), [(0, PAGE), (1, PAGE), (100_000, 1 << 17), (LARGEST, LARGEST)]
+)
+def test_recycled_memory_is_used_again_within_its_bounds(nbytes: int, kept: int) -> None:
+    recycled = Recycled()
+    used = [recycled.empty(nbytes) for _ in range(2 * KEPT)]
+    assert {(array.shape, array.ctypes.data % PAGE) for array in used} == {((nbytes,), 0)}
+    places = {array.ctypes.data for array in used}
+    assert (len(places), recycled.nbytes) == (2 * KEPT, 0)
+    used.clear()
+    assert recycled.nbytes == KEPT * kept
+    again = [recycled.empty(nbytes) for _ in range(KEPT)]
+    assert {array.ctypes.data for array in again} <= places
+    assert recycled.nbytes == 0
+
+
+def test_memory_larger_than_what_is_recycled_is_given_back() -> None:
+    recycled = Recycled()
+    array = recycled.empty(LARGEST + 1)
+    assert array.nbytes == LARGEST + 1
+    del array
+    assert recycled.nbytes == 0
 
 
 # Direct I/O, probed and refused.
@@ -542,6 +567,23 @@ def test_a_file_cut_while_it_is_open_is_a_read_error(scratch: Path, name: str) -
 
 
 # Errors drain.
+
+
+def test_a_file_cut_under_its_mapping_is_a_read_error_and_no_signal(scratch: Path) -> None:
+    class Cut(Mapped):
+        def _prepare(self, requests: Requests) -> None:
+            super()._prepare(requests)
+            os.truncate(self.path, 4096)
+
+    child = os.fork()
+    if not child:
+        batch = Cut(scratch, 1, 1).submit(one(8192, np.empty(512, dtype=np.uint8)))
+        try:
+            batch.wait()
+        except ReadError as error:
+            os._exit(error.what == "read came up short" and error.offset == 8192)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 @pytest.mark.parametrize("name", SERVED)

@@ -117,7 +117,7 @@ Result products_of(const Floats& x, const StoredPart& part, const std::optional<
   const Part stored = part.rows_of(static_cast<int64_t>(x.shape(1)), rows.data());
   refuse(products_fault(stored, rows.count(), vectors(x), threads));
   auto [result, out] = zeros(static_cast<int64_t>(x.shape(0)), rows.count());
-  const nb::gil_scoped_release released;
+  const Unlocked unlocked;
   products(stored.rows, rows.count(), vectors(x), out, threads);
   return result;
 }
@@ -128,7 +128,7 @@ Result weighted_sum_of(const Floats& h, const StoredPart& part, int64_t width,
   const Part stored = part.rows_of(width, rows.data());
   refuse(weighted_sum_fault(stored, rows.count(), vectors(h), threads));
   auto [result, y] = zeros(static_cast<int64_t>(h.shape(0)), width);
-  const nb::gil_scoped_release released;
+  const Unlocked unlocked;
   weighted_sum(stored.rows, rows.count(), vectors(h), y, threads);
   return result;
 }
@@ -144,7 +144,7 @@ Result ffn_of(const Floats& x, const std::optional<Slots>& slots, const StoredPa
   if (active) layer.active = vectors(*active);
   refuse(ffn_fault(layer, rows.count(), vectors(x), threads));
   auto [result, y] = zeros(static_cast<int64_t>(x.shape(0)), n);
-  const nb::gil_scoped_release released;
+  const Unlocked unlocked;
   ffn(layer, rows.count(), vectors(x), y, threads);
   return result;
 }
@@ -156,7 +156,7 @@ auto digests_of(const Bytes& rows, int threads) {
   auto* found = new uint64_t[count];
   nb::capsule owner(found, [](void* data) noexcept { delete[] static_cast<uint64_t*>(data); });
   {
-    const nb::gil_scoped_release released;
+    const Unlocked unlocked;
     digests(rows.data(), rows.stride(0), static_cast<int64_t>(rows.shape(1)),
             static_cast<int64_t>(count), found, threads);
   }
@@ -169,7 +169,7 @@ void transpose_into(const Bytes& in, const Writable& out, int item, int threads)
                          static_cast<int64_t>(out.shape(1)), item, threads));
   require((in.size() == 0 || in.stride(1) == 1) && (out.size() == 0 || out.stride(1) == 1),
           "a row's bytes must be contiguous");
-  const nb::gil_scoped_release released;
+  const Unlocked unlocked;
   transpose(in.data(), in.stride(0), height, width, out.data(), out.stride(0), item, threads);
 }
 

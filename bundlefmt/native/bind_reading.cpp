@@ -4,7 +4,11 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
 
+#include <unistd.h>
+
 #include <memory>
+#include <mutex>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
@@ -26,6 +30,19 @@ std::vector<int64_t> copy(const Integers& from) {
   return {from.data(), from.data() + from.shape(0)};
 }
 
+// A child process has none of the threads that its parent started: it must not wait for what they
+// do, and cannot destroy what they may have locked.
+class Process {
+ public:
+  bool ours() const { return getpid() == id_; }
+  void require() const {
+    if (!ours()) throw std::runtime_error("the reader was opened by another process");
+  }
+
+ private:
+  const pid_t id_ = getpid();
+};
+
 // A batch that is under way, and the memory that it fills.
 class Submitted {
  public:
@@ -35,15 +52,20 @@ class Submitted {
   Submitted& operator=(const Submitted&) = delete;
 
   ~Submitted() {  // its memory must not go while it is being filled
-    const nb::gil_scoped_release released;
+    if (!process_.ours()) {
+      new auto(std::move(batch_));
+      return;
+    }
+    const Unlocked unlocked;
     batch_->wait();
   }
 
   // None, or what failed first: (kind, request, errno, bytes that came, bundle, its digest).
   nb::object wait() {
+    process_.require();
     std::optional<Failure> failure;
     {
-      const nb::gil_scoped_release released;
+      const Unlocked unlocked;
       failure = batch_->wait();
     }
     if (!failure) return nb::none();
@@ -62,6 +84,7 @@ class Submitted {
   }
 
  private:
+  const Process process_;
   std::shared_ptr<Batch> batch_;
   Memory memory_;
   std::optional<Memory> spare_;
@@ -87,7 +110,10 @@ class BoundEngine {
       throw nb::value_error("an engine is threads or uring");
   }
 
-  ~BoundEngine() { close(); }
+  ~BoundEngine() {
+    close();
+    if (!process_.ours()) engine_.release();
+  }
 
   std::unique_ptr<Submitted> submit(const Memory& memory, const Integers& offsets,
                                     const Integers& bounds, const Integers& starts,
@@ -96,6 +122,7 @@ class BoundEngine {
                                     const std::optional<Integers>& bundle_starts, int64_t stride,
                                     const std::optional<Digests>& expected,
                                     const std::optional<Memory>& spare) {
+    process_.require();
     Reads reads;
     reads.memory = memory.data();
     reads.memory_bytes = static_cast<int64_t>(memory.shape(0));
@@ -123,13 +150,17 @@ class BoundEngine {
   }
 
   void close() {
-    const nb::gil_scoped_release released;
+    if (!process_.ours()) return;
+    const Unlocked unlocked;
+    const std::lock_guard<std::mutex> one(closing_);
     engine_->close();
   }
 
  private:
+  const Process process_;
   const std::optional<Memory> memory_;  // outlives the engine, which reads into it
   std::unique_ptr<Engine> engine_;
+  std::mutex closing_;
 };
 
 }  // namespace

@@ -9,11 +9,11 @@
 
 namespace bundlefmt {
 
+// Of use only to the process that made it: a child has none of its threads.
 class Engine {
  public:
   virtual ~Engine() = default;
-  // Takes a batch on. Batches are served in turn. Throws std::runtime_error once it is closed, and
-  // in a child process, which has none of the threads.
+  // Takes a batch on. Batches are served in turn. Throws std::runtime_error once it is closed.
   virtual void submit(std::shared_ptr<Batch> batch) = 0;
   // Waits for what was submitted. May be called twice.
   virtual void close() = 0;

@@ -1,8 +1,6 @@
 // Batches waiting for whoever serves them.
 #pragma once
 
-#include <unistd.h>
-
 #include <condition_variable>
 #include <deque>
 #include <memory>
@@ -23,7 +21,6 @@ struct Turn {
 class Queue {
  public:
   void push(std::shared_ptr<Batch> batch) {
-    if (getpid() != owner_) throw std::runtime_error("the reader was opened by another process");
     {
       const std::lock_guard<std::mutex> guard(mutex_);
       if (closed_) throw std::runtime_error("the reader is closed");
@@ -53,14 +50,11 @@ class Queue {
     waiting_.notify_all();
   }
 
-  bool ours() const { return getpid() == owner_; }
-
  private:
   std::mutex mutex_;
   std::condition_variable waiting_;
   std::deque<std::shared_ptr<Batch>> batches_;
   bool closed_ = false;
-  const pid_t owner_ = getpid();
 };
 
 }  // namespace bundlefmt

@@ -22,11 +22,7 @@ class Threads : public Engine {
 
   void close() override {
     queue_.close();
-    for (std::thread& thread : threads_)
-      if (queue_.ours())
-        thread.join();
-      else
-        thread.detach();  // a child process has none of them
+    for (std::thread& thread : threads_) thread.join();
     threads_.clear();
   }
 

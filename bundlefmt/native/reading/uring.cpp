@@ -1,5 +1,6 @@
 // One thread owns the ring: it fills it up to its depth, and checks what comes out of it.
 #include "engine.hpp"
+#include "ring.hpp"
 
 #if !defined(BUNDLEFMT_URING)
 
@@ -7,21 +8,18 @@
 
 namespace bundlefmt {
 std::unique_ptr<Engine> uring_engine(const Source&, int, std::span<uint8_t>) {
-  throw std::runtime_error("built without liburing");
+  throw std::runtime_error("built with headers older than Linux 5.6");
 }
 }  // namespace bundlefmt
 
 #else
 
-#include <liburing.h>
-
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
-#include <cstring>
+#include <exception>
 #include <future>
 #include <new>
-#include <stdexcept>
 #include <thread>
 #include <utility>
 
@@ -50,12 +48,13 @@ class Uring : public Engine {
       : source_(source), memory_(memory), flights_(static_cast<size_t>(depth)) {
     for (int i = depth; i-- > 0;) free_.push_back(i);
     landed_.reserve(flights_.size());
-    std::promise<int> ready;
+    std::promise<void> ready;
     thread_ = std::thread([this, &ready] { work(ready); });
-    const int error = ready.get_future().get();
-    if (error) {
+    try {
+      ready.get_future().get();
+    } catch (...) {
       thread_.join();
-      throw std::runtime_error(std::string("io_uring: ") + std::strerror(error));
+      throw;
     }
   }
   ~Uring() override { close(); }
@@ -64,34 +63,19 @@ class Uring : public Engine {
 
   void close() override {
     queue_.close();
-    if (!thread_.joinable()) return;
-    if (queue_.ours())
-      thread_.join();
-    else
-      thread_.detach();  // a child process does not have it
+    if (thread_.joinable()) thread_.join();
   }
 
  private:
-  // The thread that reads sets the ring up, since the kernel can save more when one thread does
-  // all; older kernels do not know that, and get a plain ring.
-  int open() {
-    const auto depth = static_cast<unsigned>(flights_.size());
-    int error = -EINVAL;
-#if defined(IORING_SETUP_SINGLE_ISSUER) && defined(IORING_SETUP_DEFER_TASKRUN)
-    error = io_uring_queue_init(depth, &ring_,
-                                IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN);
-#endif
-    if (error) error = io_uring_queue_init(depth, &ring_, 0);
-    if (error) return -error;
-    registered_ = io_uring_register_files(&ring_, &source_.fd, 1) == 0;
+  // Throws std::runtime_error. The thread that reads does this, as a ring demands.
+  void open() {
+    ring_.emplace(static_cast<unsigned>(flights_.size()));
+    registered_ = ring_->register_file(source_.fd);
     std::vector<iovec> pieces;
     for (size_t at = 0; at < memory_.size(); at += PIECE)
       pieces.push_back({memory_.data() + at, std::min(PIECE, memory_.size() - at)});
-    // Refused where the process may not pin as much: it is then read into like any other memory.
-    if (pieces.empty() || io_uring_register_buffers(&ring_, pieces.data(),
-                                                    static_cast<unsigned>(pieces.size())) != 0)
-      memory_ = {};
-    return 0;
+    // Where it is refused, the memory is read into like any other.
+    if (pieces.empty() || !ring_->register_buffers(pieces)) memory_ = {};
   }
 
   // The registered buffer that a view lies in; -1 if it lies in none, or in two.
@@ -103,14 +87,17 @@ class Uring : public Engine {
     return static_cast<int>(at / PIECE);
   }
 
-  void work(std::promise<int>& ready) {
-    const int error = open();
-    ready.set_value(error);
-    if (error) return;
+  void work(std::promise<void>& ready) {
+    try {
+      open();
+    } catch (...) {
+      return ready.set_exception(std::current_exception());
+    }
+    ready.set_value();
     for (int refusals = 0;;) {
       refill(free_.size() == flights_.size());
       if (free_.size() == flights_.size()) break;  // closed, and nothing on its way
-      const int submitted = io_uring_submit_and_wait(&ring_, 1);
+      const int submitted = ring_->submit(1);
       if (submitted >= 0 || submitted == -EINTR) {
         land(true);
         refusals = 0;
@@ -121,7 +108,7 @@ class Uring : public Engine {
         refusals = 0;
       }
     }
-    io_uring_queue_exit(&ring_);
+    ring_.reset();
   }
 
   // Takes on as many requests as there is room for; with `wait`, at least one, unless closed.
@@ -160,40 +147,38 @@ class Uring : public Engine {
     flight = {std::move(turn), std::move(views), std::move(widened), now(), 0};
     if (wide) widened_ += flight.widened->length;
     for (const iovec& view : flight.views) flight.needed += static_cast<int64_t>(view.iov_len);
-    io_uring_sqe* entry = io_uring_get_sqe(&ring_);  // there are as many as flights
-    const auto offset =
+    io_uring_sqe& entry = ring_->next();
+    entry.fd = registered_ ? 0 : source_.fd;
+    entry.flags = registered_ ? IOSQE_FIXED_FILE : 0;
+    entry.off =
         static_cast<uint64_t>(wide ? flight.widened->offset : reads.offsets[flight.turn.request]);
-    const int fd = registered_ ? 0 : source_.fd;
+    entry.user_data = static_cast<uint64_t>(index);
     if (wide || flight.views.size() == 1) {
       const iovec into = wide ? iovec{flight.widened->memory,
                                       static_cast<size_t>(flight.widened->length)}
                               : flight.views[0];
-      const auto length = static_cast<unsigned>(into.iov_len);
-      if (const int piece = piece_of(into); piece >= 0)
-        io_uring_prep_read_fixed(entry, fd, into.iov_base, length, offset, piece);
-      else
-        io_uring_prep_read(entry, fd, into.iov_base, length, offset);
+      const int piece = piece_of(into);
+      entry.opcode = piece >= 0 ? IORING_OP_READ_FIXED : IORING_OP_READ;
+      entry.buf_index = static_cast<uint16_t>(std::max(piece, 0));
+      entry.addr = reinterpret_cast<uintptr_t>(into.iov_base);
+      entry.len = static_cast<uint32_t>(into.iov_len);
     } else {
-      io_uring_prep_readv(entry, fd, flight.views.data(),
-                          static_cast<unsigned>(flight.views.size()), offset);
+      entry.opcode = IORING_OP_READV;
+      entry.addr = reinterpret_cast<uintptr_t>(flight.views.data());
+      entry.len = static_cast<uint32_t>(flight.views.size());
     }
-    if (registered_) entry->flags |= IOSQE_FIXED_FILE;
-    io_uring_sqe_set_data64(entry, static_cast<uint64_t>(index));
   }
 
   // Takes what has come out of the ring. With `refilled`, the device reads on while that is checked.
   void land(bool refilled) {
-    unsigned head;
-    io_uring_cqe* entry;
-    io_uring_for_each_cqe(&ring_, head, entry) {
-      const auto index = static_cast<int>(io_uring_cqe_get_data64(entry));
-      landed_.emplace_back(std::move(flights_[static_cast<size_t>(index)]), entry->res);
-      free_.push_back(index);
-    }
-    io_uring_cq_advance(&ring_, static_cast<unsigned>(landed_.size()));
+    ring_->complete([this](const io_uring_cqe& completion) {
+      const auto index = static_cast<size_t>(completion.user_data);
+      landed_.emplace_back(std::move(flights_[index]), completion.res);
+      free_.push_back(static_cast<int>(index));
+    });
     if (refilled) {
       refill(false);
-      io_uring_submit(&ring_);  // what it refuses is offered again
+      if (ring_->unsent()) ring_->submit(0);  // what it refuses is offered again
     }
     for (const auto& [flight, result] : landed_) settle(flight, result);
     landed_.clear();
@@ -223,21 +208,24 @@ class Uring : public Engine {
 
   // Whether the kernel has taken reads on that have not landed.
   bool accepted() const {
-    return flights_.size() - free_.size() > io_uring_sq_ready(&ring_);
+    return flights_.size() - free_.size() > ring_->unsent();
   }
 
   // Lands at least one of those. It has to come: nobody can take its memory back from the kernel.
   void await() {
-    io_uring_cqe* entry;
-    while (io_uring_wait_cqe(&ring_, &entry)) std::this_thread::sleep_for(PAUSE);
-    land(false);
+    const size_t waiting = free_.size();
+    for (;;) {
+      land(false);
+      if (free_.size() != waiting) return;
+      if (ring_->wait()) std::this_thread::sleep_for(PAUSE);
+    }
   }
 
   // The ring itself failed. What the kernel has taken on still lands, and would after the ring is
   // closed; all else that was or will be asked for is read without it.
   void give_up() {
     while (accepted()) await();
-    io_uring_queue_exit(&ring_);
+    ring_.reset();
     for (Flight& flight : flights_)
       if (flight.turn.batch) {
         finish(flight.turn, flight.start,
@@ -259,7 +247,7 @@ class Uring : public Engine {
   std::vector<std::pair<Flight, int>> landed_;  // with its result
   std::optional<Turn> postponed_;
   int64_t widened_ = 0;  // bytes of memory for wider reads
-  io_uring ring_{};
+  std::optional<Ring> ring_;
   bool registered_ = false;
   std::thread thread_;
 };

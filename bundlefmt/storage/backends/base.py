@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import ClassVar, NamedTuple, Protocol
@@ -88,7 +89,8 @@ class Batch(Protocol):
 
     def wait(self) -> None:
         """Return when every request is served. If one failed: stop handing out new ones, wait for
-        those in flight, then raise its ReadError, or Damaged."""
+        those in flight, then raise its ReadError, or Damaged. Raises UsageError in a child of the
+        process that submitted it."""
 
 
 def land(batches: Iterable[Batch]) -> None:
@@ -98,11 +100,29 @@ def land(batches: Iterable[Batch]) -> None:
             batch.wait()
 
 
+class Process:
+    """The one that made this object. A child of it has none of its threads: what they would do,
+    it can never wait for."""
+
+    def __init__(self) -> None:
+        self._id = os.getpid()
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is the one that asks."""
+        return os.getpid() == self._id
+
+    def require(self, path: str) -> None:
+        """Raise UsageError unless it is."""
+        if not self.ours:
+            raise UsageError("the reader was opened by another process", file=path)
+
+
 class Engine(Protocol):
     """What serves batches."""
 
     def submit(self, requests: Requests) -> Batch:
-        """Start reading."""
+        """Start reading. Raises RuntimeError once closed."""
 
     def close(self) -> None:
         """Wait for what is in flight."""
@@ -139,23 +159,36 @@ class Backend:
         self.path = os.fspath(path)
         self.in_flight = queue_depth if self.queued else threads
         self._memory = memory
-        self._owner = os.getpid()
+        self._process = Process()
+        self._closing = threading.Lock()
 
     def submit(self, requests: Requests) -> Batch:
-        """Start reading. The memory must not be touched until the batch is there."""
-        if self._engine is None:
+        """Start reading. The memory must not be touched until the batch is there. Raises UsageError
+        once closed, and in a child of the process that opened this."""
+        self._process.require(self.path)
+        engine = self._engine
+        if engine is None:
             raise UsageError("the reader is closed", file=self.path)
-        if os.getpid() != self._owner:  # which took none of the threads along
-            raise UsageError("the reader was opened by another process", file=self.path)
         self._prepare(requests)
-        return self._engine.submit(requests)
+        try:
+            return engine.submit(requests)
+        except RuntimeError as error:  # by another thread, meanwhile
+            raise UsageError("the reader is closed", file=self.path) from error
 
     def close(self) -> None:
-        """Wait for what is in flight, then let go of the file. May be called twice."""
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
-            self._release()
+        """Wait for what is in flight, then let go of the file. May be called twice, by a child of
+        the process that opened this too: it lets go of its own hold of the file."""
+        if self._process.ours:
+            with self._closing:
+                if self._engine is not None:
+                    self._engine.close()
+                    self._let_go()
+        elif self._engine is not None:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self._engine = None
+        self._release()
 
     def _open(self, flags: int) -> int:
         try:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bundlefmt import native
 from bundlefmt.errors import ReadError, UsageError
-from bundlefmt.storage.backends.base import SPARE, Batch, Damaged, Requests
+from bundlefmt.storage.backends.base import SPARE, Batch, Damaged, Process, Requests
 
 Read = Callable[[int, Sequence[NDArray[np.uint8]]], int]
 
@@ -50,17 +50,19 @@ class Native:
     def submit(self, requests: Requests) -> Batch:
         *tables, checks, spare = requests
         batch = self._engine.submit(*tables, *(checks or ()), spare=spare)
-        return _NativeBatch(self._path, requests, batch)
+        return _NativeBatch(self._path, batch, requests)
 
     def close(self) -> None:
         self._engine.close()
 
 
 class _NativeBatch:
-    def __init__(self, path: str, requests: Requests, batch: Any) -> None:
+    def __init__(self, path: str, batch: Any, requests: Requests) -> None:
         self._path = path
-        self._requests = requests
+        self._process = Process()
+        # Goes before the requests and their memory do: what frees that is then Python alone.
         self._batch = batch
+        self._requests = requests
 
     @property
     def latencies(self) -> list[int]:
@@ -75,6 +77,7 @@ class _NativeBatch:
         return self._batch.finished  # type: ignore[no-any-return]
 
     def wait(self) -> None:
+        self._process.require(self._path)
         failure = self._batch.wait()
         if failure is None:
             return
@@ -90,13 +93,14 @@ class Pool:
     """Threads of Python, each of which takes up a request when it has served one. `read` fills
     views from an offset on and returns the bytes that it read for them."""
 
-    def __init__(self, threads: int, read: Read) -> None:
+    def __init__(self, path: str, threads: int, read: Read) -> None:
+        self._path = path
         self._threads = threads
         self._read = read
         self._pool = ThreadPoolExecutor(threads, "bundlefmt-read")
 
     def submit(self, requests: Requests) -> Batch:
-        batch = _PoolBatch(requests, self._read)
+        batch = _PoolBatch(self._path, requests, self._read)
         workers = min(self._threads, requests.offsets.size)
         batch.futures = [self._pool.submit(batch.work) for _ in range(workers)]
         return batch
@@ -106,7 +110,9 @@ class Pool:
 
 
 class _PoolBatch:
-    def __init__(self, requests: Requests, read: Read) -> None:
+    def __init__(self, path: str, requests: Requests, read: Read) -> None:
+        self._path = path
+        self._process = Process()
         self.latencies: list[int] = []
         self.bytes_read = 0
         self.finished = 0
@@ -125,6 +131,7 @@ class _PoolBatch:
         self._failure: BaseException | None = None
 
     def wait(self) -> None:
+        self._process.require(self._path)
         wait(self.futures)
         if self._failure is not None:
             raise self._failure

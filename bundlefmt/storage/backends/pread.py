@@ -47,7 +47,7 @@ class Buffered(Backend):
 
     def _start(self) -> Engine:
         if native.core is None:
-            return Pool(self.in_flight, self._read)
+            return Pool(self.path, self.in_flight, self._read)
         try:
             return self._native("threads")
         except RuntimeError as error:
