@@ -12,7 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from bundlefmt.convert.update import append
-from bundlefmt.errors import UsageError
+from bundlefmt.errors import UsageError, naming
 from bundlefmt.file import BundleFile
 from bundlefmt.flash.predictor import (
     RANK,
@@ -96,7 +96,7 @@ def trace(
     start = time.perf_counter()
     if max_tokens is not None and max_tokens < 1:
         raise UsageError("out of range", field="max-tokens", expected="1 or more", found=max_tokens)
-    with load_model(path, mode="dense") as model:
+    with load_model(path, mode="dense") as model, naming(path):
         ids = Tokenizer(model.file).encode(_text(text))[:max_tokens]
         if not ids:
             raise UsageError("no text to run over", file=text)
@@ -165,7 +165,9 @@ def train_predictors(
 
         for index, (group, setting) in enumerate(zip(groups, settings, strict=True)):
             selector = read_selector(file, reader, group)
-            trained[group.layer] = train(recorded.layer(index), selector, setting, advance)
+            found = recorded.layer(index)
+            with naming(traces):
+                trained[group.layer] = train(found, selector, setting, advance)
     tensors: dict[str, NDArray[Any]] = {}
     entries = []
     for layer, (predictor, _) in trained.items():

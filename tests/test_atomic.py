@@ -26,7 +26,7 @@ from bundlefmt.storage.atomic import (
     scratch_file,
     write_all,
 )
-from tests.conftest import ROOT
+from tests.conftest import ROOT, killed_before
 
 # A writer in a process of its own: it reports its temporary file, waits for a line, then ends well.
 WRITER = """
@@ -565,24 +565,6 @@ def test_folders_made_on_the_way_go_again_when_the_block_raises(tmp_path: Path) 
     assert _everything(tmp_path) == ["a"]
     _write(tmp_path / "a/b/c", "whole")
     assert _names(tmp_path / "a/b/c") == sorted(NAMES)
-
-
-def killed_before(calls: int, use: Callable[[], None]) -> bool:
-    """Run `use` in a child that is killed before its n-th call of the system that touches files;
-    whether it ended before that."""
-    watched = {"mkdir", "open", "pwrite", "fsync", "link", "rename", "replace", "unlink", "rmdir"}
-    left = iter(range(calls))
-
-    def profile(frame: Any, event: str, called: Any) -> None:
-        if event == "c_call" and called.__name__ in watched and next(left, None) is None:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    child = os.fork()
-    if not child:
-        sys.setprofile(profile)
-        use()
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["a folder that is there", "a new folder"])

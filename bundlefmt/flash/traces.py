@@ -96,10 +96,14 @@ class Trace:
         self.path = Path(path)
         info = self.path / _INFO
         try:
-            self.info = msgspec.json.decode(read_small(info, _MOST_INFO), type=TraceInfo)
-        except (OSError, UnicodeDecodeError, RecursionError, msgspec.MsgspecError) as error:
-            if isinstance(error, OSError):
-                raise UsageError(f"no trace: {error.strerror}", file=info) from error
+            content = read_small(info, _MOST_INFO)
+        except OSError as error:
+            raise UsageError(f"no trace: {error.strerror}", file=info) from error
+        except ValueError as error:  # a name that no file can have
+            raise UsageError(f"no trace: {error}", file=info) from None
+        try:
+            self.info = msgspec.json.decode(content, type=TraceInfo)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise FormatError(f"not understood: {error}", file=info) from None
         if self.info.version != VERSION:
             raise FormatError(
