@@ -20,7 +20,6 @@ def doctor(folder: str | os.PathLike[str] = ".") -> dict[str, Any]:
     written to."""
     with scratch_file(folder) as file:
         file.write(bytes(device.SAFE_ALIGNMENT))
-        file.flush()
         direct = device.probe_direct(file.name)
         backends = {name: _try_backend(name, file.name) for name in BACKENDS}
         backend, fallback = open_backend(file.name, threads=1)

@@ -84,8 +84,6 @@ def reorder(
     start = time.perf_counter()
     if gap < 0:
         raise UsageError("out of range", field="gap", expected="0 or more", found=gap)
-    target = Path(out) if out is not None else Path(path).with_suffix(".ordered.bundle")
-    refuse_existing(target, force=force)
     recorded = Trace(traces)
     if recorded.info.tokens < _FEWEST_TOKENS:
         raise UsageError(
@@ -96,6 +94,8 @@ def reorder(
         )
     tokens = parted(recorded.info.tokens)[1].size
     with BundleFile(path) as file, naming(path):
+        target = Path(out) if out is not None else Path(path).with_suffix(".ordered.bundle")
+        refuse_existing(target, force=force)
         job = _Reorder(file, recorded, gap)
         file_bytes = rewrite(file, target, job.order, force=force, progress=progress)
     return ReorderReport(

@@ -12,7 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from bundlefmt.convert.update import append
-from bundlefmt.errors import UsageError
+from bundlefmt.errors import UsageError, naming
 from bundlefmt.file import BundleFile
 from bundlefmt.flash.predictor import (
     RANK,
@@ -90,20 +90,20 @@ def trace(
     """Run a model densely over the text of a file, and record in the folder `out` (default: the
     model's name with `.traces`) which neurons were active for each token.
 
-    Raises UsageError for a file or folder that cannot be used, a model without exact zeros, and
-    where mmap-ninja is not installed.
+    Raises UsageError for a file or folder that cannot be used and a model without exact zeros,
+    WriteError when the device refuses.
     """
     start = time.perf_counter()
-    target = Path(out) if out is not None else Path(path).with_suffix(".traces")
     if max_tokens is not None and max_tokens < 1:
         raise UsageError("out of range", field="max-tokens", expected="1 or more", found=max_tokens)
-    with load_model(path, mode="dense") as model:
+    with load_model(path, mode="dense") as model, naming(path):
         tokenizer = Tokenizer(model.file)
         ids = tokenizer.encode(_text(text))[:max_tokens]
         tokenizer.check(ids, model.decoder.vocabulary)
         if not ids:
             raise UsageError("no text to run over", file=text)
         window = min(model.decoder.config.context or _WINDOW, _WINDOW)
+        target = Path(out) if out is not None else Path(path).with_suffix(".traces")
         file_id, groups = model.file.superblock.file_id, model.file.groups
         with new_trace(target, file_id, groups) as writer:
             model.decoder.observe(writer.record)
@@ -167,7 +167,9 @@ def train_predictors(
 
         for index, (group, setting) in enumerate(zip(groups, settings, strict=True)):
             selector = read_selector(file, reader, group)
-            trained[group.layer] = train(recorded.layer(index), selector, setting, advance)
+            found = recorded.layer(index)
+            with naming(traces):
+                trained[group.layer] = train(found, selector, setting, advance)
     tensors: dict[str, NDArray[Any]] = {}
     entries = []
     for layer, (predictor, _) in trained.items():
@@ -207,3 +209,5 @@ def _text(path: str | os.PathLike[str]) -> str:
         raise UsageError(f"cannot read: {error.strerror}", file=path) from error
     except UnicodeDecodeError:
         raise UsageError("not UTF-8 text", file=path) from None
+    except ValueError as error:  # a name that no file can have
+        raise UsageError(f"cannot read: {error}", file=path) from None

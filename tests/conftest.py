@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,3 +142,21 @@ def prefixes(path: Path, width: int) -> NDArray[np.uint8]:
     """The first bytes of every bundle of layer 0: uint8 [neurons, width]."""
     with bundlefmt.open(path) as file, file.reader("buffered") as reader:
         return reader.read(0, range(file.groups[0].neurons)).raw[:, :width].copy()
+
+
+def killed_before(calls: int, use: Callable[[], None]) -> bool:
+    """Run `use` in a child that is killed before its n-th call of the system that touches files;
+    whether it ended before that."""
+    watched = {"mkdir", "open", "pwrite", "fsync", "link", "rename", "replace", "unlink", "rmdir"}
+    left = iter(range(calls))
+
+    def profile(frame: Any, event: str, called: Any) -> None:
+        if event == "c_call" and called.__name__ in watched and next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if not child:
+        sys.setprofile(profile)
+        use()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

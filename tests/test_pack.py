@@ -29,7 +29,7 @@ import bundlefmt
 from bundlefmt.convert import writer
 from bundlefmt.errors import FormatError, ReadError, UsageError, WriteError
 from bundlefmt.layout.encodings import ENCODINGS
-from tests.conftest import DEMO, FIXTURES, SHARED
+from tests.conftest import DEMO, FIXTURES, SHARED, killed_before
 from tools import make_checkpoint
 
 CASES = sorted(path.name for path in FIXTURES.iterdir())
@@ -675,7 +675,39 @@ def test_a_disk_that_fills_up_during_an_unpack_leaves_nothing(
 
     with pytest.raises(WriteError, match="No space left on device"):
         bundlefmt.unpack(small_bundle, small_disk / "out", progress=progress)
+    assert not (small_disk / "out").exists()
+    (small_disk / "hog").unlink()
+    (small_disk / "out").mkdir()
+    with pytest.raises(WriteError, match="No space left on device"):
+        bundlefmt.unpack(small_bundle, small_disk / "out", progress=progress)
     assert list((small_disk / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["a folder that is there", "a new folder"])
+def test_whenever_unpack_is_killed_the_next_run_finds_all_or_nothing(
+    there: bool, small_bundle: Path, tmp_path: Path
+) -> None:
+    originals = {path.name: path.read_bytes() for path in (FIXTURES / "llama").iterdir()}
+    with bundlefmt.open(small_bundle) as file:
+        names = {*file.blob_names, *(source.name for source in file.header.sources)}
+    folder = tmp_path / "out"
+    for calls in range(0, 1000, 1 if there else 7):
+        if there:
+            folder.mkdir()
+        finished = killed_before(calls, lambda: bundlefmt.unpack(small_bundle, folder))
+        present = {name for name in names if (folder / name).exists()}
+        assert all((folder / name).read_bytes() == originals[name] for name in present)
+        assert there or present in (set(), names)
+        if present == names:
+            with pytest.raises(UsageError, match="already there"):
+                bundlefmt.unpack(small_bundle, folder)
+        else:
+            bundlefmt.unpack(small_bundle, folder)
+        assert {path.name for path in folder.iterdir()} == names
+        assert partials(tmp_path) == []
+        shutil.rmtree(folder)
+        if finished:
+            break
 
 
 def test_a_full_disk_leaves_an_update_undone(small_bundle: Path, small_disk: Path) -> None:

@@ -1,12 +1,9 @@
-"""The storage layer: aligned memory, direct I/O probed, read backends, files that appear whole."""
+"""The storage layer: aligned memory, direct I/O probed, read backends."""
 
 from __future__ import annotations
 
 import errno
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,8 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from bundlefmt import native
-from bundlefmt.errors import ReadError, UsageError, WriteError
-from bundlefmt.storage.atomic import replacing, require_free_space
+from bundlefmt.errors import ReadError, UsageError
 from bundlefmt.storage.backends import (
     BACKENDS,
     Backend,
@@ -32,7 +28,7 @@ from bundlefmt.storage.backends import (
 from bundlefmt.storage.backends.mapped import Mapped
 from bundlefmt.storage.buffers import KEPT, LARGEST, PAGE, Recycled, aligned_empty
 from bundlefmt.storage.device import drop_cache, probe_direct, resident_memory
-from tests.conftest import ROOT, without_sanitizers
+from tests.conftest import without_sanitizers
 
 PADDED = 256 * 4096  # bytes: as long as a bundle file could be
 ODD = PADDED - 1337
@@ -674,154 +670,6 @@ def test_a_closed_backend_holds_no_descriptor(files: dict[int, Path], name: str)
     backend.submit(one(0, np.empty(10, dtype=np.uint8))).wait()
     backend.close()
     assert sorted(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
-
-
-# Files that appear whole or not at all.
-
-# A writer in a process of its own: it reports its temporary file, waits for a line, then ends well.
-WRITER = """
-import sys
-from bundlefmt.storage.atomic import replacing
-with replacing(sys.argv[1]) as file:
-    file.write(b"from the other writer")
-    print(file.name, flush=True)
-    sys.stdin.readline()
-"""
-
-
-def _other_writer(target: Path) -> tuple[subprocess.Popen[str], Path]:
-    """A writer of `target` in the middle of its work, and its temporary file."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(target)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert process.stdout is not None
-    return process, Path(process.stdout.readline().strip())
-
-
-def _names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_a_file_takes_its_name_only_when_the_block_ends(tmp_path: Path) -> None:
-    target = tmp_path / "model.bundle"
-    with replacing(target) as file:
-        file.write(b"whole")
-        assert not target.exists()
-    assert target.read_bytes() == b"whole"
-    assert _names(tmp_path) == ["model.bundle"]
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_nothing_is_left_when_the_block_raises(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), replacing(tmp_path / "model.bundle") as file:
-        file.write(b"half")
-        raise error
-    assert _names(tmp_path) == []
-
-
-def test_a_device_error_in_the_block_is_a_write_error(tmp_path: Path) -> None:
-    target = tmp_path / "model.bundle"
-    with pytest.raises(WriteError, match=os.strerror(errno.EIO)) as caught, replacing(target):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-    assert caught.value.file == target
-    assert _names(tmp_path) == []
-
-
-def test_an_existing_file_is_kept_without_force(tmp_path: Path) -> None:
-    target = tmp_path / "model.bundle"
-    target.write_bytes(b"old")
-    with pytest.raises(UsageError, match="--force"), replacing(target):
-        pytest.fail("the block ran")
-    assert target.read_bytes() == b"old"
-    with pytest.raises(ValueError, match="halfway"), replacing(target, force=True) as file:
-        file.write(b"new")
-        raise ValueError("halfway")
-    assert target.read_bytes() == b"old"
-    with replacing(target, force=True) as file:
-        file.write(b"new")
-    assert target.read_bytes() == b"new"
-    assert _names(tmp_path) == ["model.bundle"]
-
-
-def test_a_folder_in_the_way_and_a_folder_missing_are_usage_errors(tmp_path: Path) -> None:
-    for target in (tmp_path, tmp_path / "missing" / "model.bundle"):
-        with pytest.raises(UsageError, match="folder"), replacing(target, force=True):
-            pytest.fail("the block ran")
-
-
-@pytest.mark.parametrize("name", ["model.bundle", "m[o]d?l*.bundle"])
-def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path, name: str) -> None:
-    target = tmp_path / name
-    writer, temporary = _other_writer(target)
-    writer.send_signal(signal.SIGKILL)
-    writer.communicate()
-    assert _names(tmp_path) == [temporary.name]
-    with replacing(target) as file:
-        assert not temporary.exists()
-        file.write(b"whole")
-    assert _names(tmp_path) == [name]
-
-
-def test_a_living_writers_file_is_let_be(tmp_path: Path) -> None:
-    target = tmp_path / "model.bundle"
-    writer, temporary = _other_writer(target)
-    with replacing(target) as file:
-        file.write(b"ours")
-    assert temporary.read_bytes() == b"from the other writer"
-    assert target.read_bytes() == b"ours"
-    writer.communicate("\n")  # which finds the name taken, and keeps what is there
-    assert writer.returncode != 0
-    assert target.read_bytes() == b"ours"
-    assert _names(tmp_path) == ["model.bundle"]
-
-
-def test_files_that_only_look_alike_are_let_be(tmp_path: Path) -> None:
-    others = [".model.bundle.swp", "model.bundle.partial", ".other.bundle.1-ab.partial"]
-    for name in others:
-        (tmp_path / name).write_bytes(b"not ours")
-    with replacing(tmp_path / "model.bundle") as file:
-        file.write(b"whole")
-    assert _names(tmp_path) == sorted([*others, "model.bundle"])
-
-
-def test_too_little_free_space_is_named(tmp_path: Path) -> None:
-    require_free_space(tmp_path, 0)
-    with pytest.raises(WriteError, match="not enough free space") as caught:
-        require_free_space(tmp_path, 1 << 60)
-    assert caught.value.expected == f"{1 << 60:,} bytes"
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as error:
-        pytest.skip(f"cannot mount a small disk: {error.strerror}")
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_full_disk_is_a_write_error_and_nothing_is_left(small_disk: Path) -> None:
-    target = small_disk / "model.bundle"
-    with pytest.raises(WriteError, match=os.strerror(errno.ENOSPC)) as caught:  # noqa: SIM117
-        with replacing(target) as file:
-            for _ in range(100):
-                file.write(bytes(65536))
-    assert caught.value.file == target
-    assert _names(small_disk) == []
-    with replacing(target) as file:
-        file.write(b"fits")
-    assert target.read_bytes() == b"fits"
 
 
 @without_sanitizers("freed memory is kept for a while")

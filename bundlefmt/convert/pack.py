@@ -35,7 +35,7 @@ from bundlefmt.layout.arithmetic import round_up
 from bundlefmt.layout.constants import CHECKSUM_BYTES, DATA_OFFSET
 from bundlefmt.layout.header import Blob, Group, Header, Part, Region, Source, SourceFile, Tensor
 from bundlefmt.layout.planner import region_alignment
-from bundlefmt.storage.atomic import refuse_existing, replacing, require_free_space
+from bundlefmt.storage.atomic import refuse_existing, replacing
 
 _HEADER_ALLOWANCE = 1 << 10  # bytes of header per region, in the estimate of disk needed
 
@@ -93,8 +93,8 @@ def pack(
     refuse_existing(target, force=force or dry_run)
     _refuse_sources(target, checkpoint)
     if not dry_run:
-        require_free_space(target.parent, job.most_bytes())
-        with naming(target), replacing(target, force=force) as file:
+        needed = job.most_bytes()
+        with naming(target), replacing(target, force=force, needed=needed) as file:
             file_bytes = job.write(file.fileno())
     return PackReport(
         source=str(checkpoint.path),

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import cycle
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -25,7 +24,7 @@ from bundlefmt.layout.arithmetic import round_up
 from bundlefmt.layout.constants import DATA_OFFSET, ORDER_BYTES
 from bundlefmt.layout.header import Group, Region
 from bundlefmt.reader import Reader
-from bundlefmt.storage.atomic import replacing, require_free_space
+from bundlefmt.storage.atomic import replacing
 from bundlefmt.storage.buffers import aligned_empty
 from bundlefmt.storage.sequential import Sequential
 
@@ -49,14 +48,13 @@ def rewrite(
     older generations left behind is dropped. The file appears whole or not at all. Raises
     FormatError for a damaged file, and what `replacing` raises.
     """
-    target = Path(path)
     alignment = file.superblock.alignment
     tables = sum(round_up(group.neurons * ORDER_BYTES, alignment) for group in file.groups)
-    require_free_space(target.parent, file.superblock.file_length + tables)
+    needed = file.superblock.file_length + tables
     with (
         closing(file.backend()[0]) as backend,
         file.reader() as reader,
-        replacing(target, force=force) as out,
+        replacing(path, force=force, needed=needed) as out,
     ):
         writer = RegionWriter(out.fileno(), alignment, DATA_OFFSET)
         return _Rewrite(file, Sequential(backend), reader, writer, progress).write(orders)

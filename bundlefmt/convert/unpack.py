@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import defaultdict
@@ -10,25 +9,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from bundlefmt.checkpoints.sources import SourceTensor, parse_header
 from bundlefmt.convert.progress import Progress, silent
-from bundlefmt.errors import FormatError, UsageError, naming
+from bundlefmt.errors import FormatError, naming
 from bundlefmt.file import BundleFile
 from bundlefmt.layout import dtypes
 from bundlefmt.layout.encodings import numbers_in
-from bundlefmt.layout.header import Group, Part, Source, SourceFile
+from bundlefmt.layout.header import Group, Part, Region, Source, SourceFile
 from bundlefmt.reader import Reader
-from bundlefmt.storage.atomic import (
-    refuse_existing,
-    replacing,
-    require_free_space,
-    write_all,
-)
+from bundlefmt.storage.atomic import new_files, write_all
 
 _CHUNK_BYTES = 32 << 20  # of bundles in memory at a time
 
@@ -59,38 +54,40 @@ def unpack(
 
     Files are byte-identical where nothing was re-encoded. A tensor that was comes back in the
     dtype of its encoding (f32, f16, bf16), or as F32 for block encodings: the stored values,
-    exactly. Raises UsageError when a file is already there, FormatError when the bundle file is
-    damaged or does not hold a tensor; then no file is written.
+    exactly. All files appear, or none. Raises UsageError when a file is already there, FormatError
+    when the bundle file is damaged or does not hold a tensor, WriteError when the device refuses.
     """
     start = time.perf_counter()
-    target = Path(folder)
-    with BundleFile(path) as file, ExitStack() as stack, naming(path):
+    with BundleFile(path) as file, file.reader() as reader, naming(path):
         outputs = _outputs(file)
-        blobs = {name: file.blob(name) for name in file.blob_names}
-        sizes = [output.nbytes for output in outputs] + [len(data) for data in blobs.values()]
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"cannot make the folder: {error.strerror}", file=target) from error
-        for name in [output.name for output in outputs] + list(blobs):
-            refuse_existing(target / name, force=False)
-        require_free_space(target, sum(sizes))
-        writer = _Unpack(file, outputs, progress)
-        for name, data in blobs.items():
-            write_all(stack.enter_context(replacing(target / name)).fileno(), data, 0)
-        for output in outputs:
-            output.fd = stack.enter_context(replacing(target / output.name)).fileno()
-        writer.write(stack.enter_context(file.reader()))
+        names = [*file.blob_names, *(output.name for output in outputs)]
+        nbytes = sum(output.nbytes for output in outputs)
+        nbytes += sum(_decoded_length(blob.data) for blob in file.header.blobs)
+        with new_files(folder, names, needed=nbytes) as written, ExitStack() as stack:
+            for name in file.blob_names:
+                with _created(written / name) as out:
+                    write_all(out.fileno(), file.blob(name), 0)
+            for output in outputs:
+                output.fd = stack.enter_context(_created(written / output.name)).fileno()
+            _Unpack(file, outputs, progress).write(reader)
     reencoded = [name for output in outputs for name in output.reencoded]
     return UnpackReport(
         path=os.fspath(path),
         folder=os.fspath(folder),
-        files=[*blobs, *(output.name for output in outputs)],
+        files=names,
         identical=not reencoded,
         reencoded=reencoded,
-        bytes_written=sum(sizes),
+        bytes_written=nbytes,
         seconds=time.perf_counter() - start,
     )
+
+
+def _created(path: Path) -> BinaryIO:
+    return path.open("xb", buffering=0)
+
+
+def _decoded_length(region: Region) -> int:
+    return region.length if region.decoded_length is None else region.decoded_length
 
 
 def _outputs(file: BundleFile) -> list[_Output]:
@@ -130,6 +127,9 @@ class _Output:
             for tensor in original
             if tensor.name not in resident
         }
+        for tensor in original:
+            if tensor.name in resident:
+                _check_resident(file, tensor)
         stored = {tensor.name: _stored_dtype(self.placements, tensor) for tensor in original}
         self.reencoded = [
             tensor.name
@@ -171,6 +171,18 @@ def _tiling(tensor: SourceTensor, parts: list[Placement]) -> list[Placement]:
     )
 
 
+def _check_resident(file: BundleFile, tensor: SourceTensor) -> None:
+    """Raise FormatError unless the resident tensor of that name is like the one in the source."""
+    entry = file.tensor_entry(tensor.name)
+    if (entry.dtype, tuple(entry.shape)) != (tensor.dtype, tensor.shape):
+        raise FormatError(
+            "the resident tensor is unlike the one that was packed",
+            field=tensor.name,
+            expected=f"{tensor.dtype} {list(tensor.shape)}",
+            found=f"{entry.dtype} {entry.shape}",
+        )
+
+
 def _stored_dtype(placements: dict[str, list[Placement]], tensor: SourceTensor) -> str:
     """The dtype in which a tensor's stored values can be written exactly."""
     if tensor.name not in placements:
@@ -183,9 +195,9 @@ def _stored_dtype(placements: dict[str, list[Placement]], tensor: SourceTensor) 
 def _restated(header: bytes, original: tuple[SourceTensor, ...], stored: dict[str, str]) -> bytes:
     """A safetensors header with other dtypes: the same tensors in the same order."""
     entries: dict[str, Any] = {}
-    metadata = json.loads(header).get("__metadata__")
-    if metadata is not None:
-        entries["__metadata__"] = metadata
+    found = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
+    if "__metadata__" in found:
+        entries["__metadata__"] = found["__metadata__"]  # as it is, whatever it says
     end = 0
     for tensor in original:
         nbytes = dtypes.nbytes(stored[tensor.name], tensor.shape)
@@ -195,7 +207,7 @@ def _restated(header: bytes, original: tuple[SourceTensor, ...], stored: dict[st
             "data_offsets": [end, end + nbytes],
         }
         end += nbytes
-    data = json.dumps(entries, separators=(",", ":")).encode()
+    data = msgspec.json.encode(entries)
     return data + b" " * (-len(data) % 8)
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from bundlefmt.layout import dtypes, superblock
 from bundlefmt.layout.constants import DATA_OFFSET
 from bundlefmt.layout.header import Blob, Header, Predictor, Region, Tensor
 from bundlefmt.layout.superblock import Superblock
+from bundlefmt.storage.atomic import lock
 
 
 def append(
@@ -39,7 +39,7 @@ def append(
     except OSError as error:
         raise UsageError(f"cannot open for writing: {error.strerror}", file=path) from error
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(fd)
         with naming(path):
             return _append(fd, path, tensors or {}, blobs or {}, predictors)
     except BlockingIOError as error:

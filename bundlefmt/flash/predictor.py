@@ -276,7 +276,7 @@ def _orthonormal(columns: Floats) -> Floats:
     small steps, which threads of BLAS that share their cores with others take ages for."""
     wide = columns.astype(np.float64)
     values, vectors = np.linalg.eigh(wide.T @ wide)
-    largest = np.flatnonzero(values > values[-1] * _LEAST_SQUARE)[::-1]
+    largest = np.flatnonzero(values > values.max(initial=0) * _LEAST_SQUARE)[::-1]
     scaled = vectors[:, largest] / np.sqrt(values[largest])
     basis: Floats = columns @ scaled.astype(np.float32)
     return basis
@@ -285,7 +285,8 @@ def _orthonormal(columns: Floats) -> Floats:
 def _constant(inputs: Floats) -> Floats:
     """u with u @ x nearest to 1 over the inputs: ridge regression."""
     products = inputs.T @ inputs
-    products[np.diag_indices_from(products)] += _RIDGE * np.trace(products) / inputs.shape[1]
+    ridge = _RIDGE * np.trace(products) / inputs.shape[1]
+    products[np.diag_indices_from(products)] += max(ridge, np.finfo(np.float32).tiny)
     constant: Floats = np.linalg.solve(products, inputs.sum(axis=0))
     return constant
 

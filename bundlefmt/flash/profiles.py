@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bundlefmt.errors import ReadError, UsageError, WriteError, naming
 from bundlefmt.flash.costmodel import DeviceProfile, decode, encode
-from bundlefmt.storage.atomic import replacing
+from bundlefmt.storage.atomic import replacing, write_all
 from bundlefmt.storage.device import device_identity
 
 _MOST_NAME = 100  # characters of a device's identity in a file's name
@@ -54,5 +54,5 @@ def save(profile: DeviceProfile) -> Path:
     except OSError as error:
         raise WriteError(f"cannot make: {error.strerror}", file=target.parent) from error
     with replacing(target, force=True) as file:
-        file.write(encode(profile))
+        write_all(file.fileno(), encode(profile), 0)
     return target

@@ -1,9 +1,9 @@
 """Traces: which neurons were active for each token of a dense run, and the FFN's inputs then.
 
 A trace is a folder: `trace.json`; and for layer i `layer-i/active`, a ragged array of uint32, the
-active neurons of each token in ascending order (`mmap_ninja.RaggedMmap`), and `layer-i/inputs`,
-float16 [tokens, d_model] (`mmap_ninja.numpy`). What is written goes to disk as it comes, so that
-memory does not grow with the text.
+active neurons of each token in ascending order, and `layer-i/inputs`, float16 [tokens, d_model]:
+folders that `mmap_ninja.RaggedMmap` and `mmap_ninja.numpy` open. What is written goes to disk as it
+comes, so that memory does not grow with the text.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from bundlefmt.errors import FormatError, UsageError
 from bundlefmt.file import BundleFile
+from bundlefmt.flash.arrays import ArrayWriter, open_array, read_small, write_small
 from bundlefmt.kernels import SPARSE_ACTIVATIONS, Floats
 from bundlefmt.layout.header import Group
 from bundlefmt.storage.atomic import new_folder
@@ -29,25 +31,31 @@ VERSION = 1
 _INFO = "trace.json"
 _HELD_OUT = 0.1  # of the tokens: the last ones, whose text nothing has been learnt from
 _F16 = np.finfo(np.float16)
+_MOST_INFO = 16 << 20  # bytes of trace.json
+_IDS_AT_A_TIME = 1 << 20
+
+_Natural = Annotated[int, Meta(ge=0, lt=1 << 48)]
+_Positive = Annotated[int, Meta(ge=1, lt=1 << 48)]
+_Word = Annotated[str, Meta(max_length=64)]
 
 
 class TracedLayer(msgspec.Struct, frozen=True):
     """What a layer's arrays hold."""
 
-    layer: int
-    neurons: int
-    d_model: int
-    activation: str
-    active: int  # of all tokens together
+    layer: _Natural
+    neurons: _Positive
+    d_model: _Positive
+    activation: _Word
+    active: _Natural  # of all tokens together
 
 
 class TraceInfo(msgspec.Struct, frozen=True):
     """trace.json: the model, by the `file_id` of its bundle file in hex, and what was recorded."""
 
     version: int
-    file_id: str
-    tokens: int
-    layers: list[TracedLayer]
+    file_id: _Word
+    tokens: _Positive
+    layers: Annotated[list[TracedLayer], Meta(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -86,33 +94,38 @@ class Trace:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        _mmap_ninja()
+        info = self.path / _INFO
         try:
-            self.info = msgspec.json.decode((self.path / _INFO).read_bytes(), type=TraceInfo)
+            content = read_small(info, _MOST_INFO)
         except OSError as error:
-            raise UsageError(f"no trace: {error.strerror}", file=self.path / _INFO) from error
-        except msgspec.MsgspecError as error:
-            raise FormatError(f"not understood: {error}", file=self.path / _INFO) from None
+            raise UsageError(f"no trace: {error.strerror}", file=info) from error
+        except ValueError as error:  # a name that no file can have
+            raise UsageError(f"no trace: {error}", file=info) from None
+        try:
+            self.info = msgspec.json.decode(content, type=TraceInfo)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise FormatError(f"not understood: {error}", file=info) from None
         if self.info.version != VERSION:
             raise FormatError(
-                "a trace of another version",
-                file=self.path / _INFO,
-                expected=VERSION,
-                found=self.info.version,
+                "a trace of another version", file=info, expected=VERSION, found=self.info.version
             )
+        layers = [layer.layer for layer in self.info.layers]
+        if len(set(layers)) < len(layers):
+            raise FormatError("a layer is there twice", file=info, field="layers")
 
     def layer(self, index: int) -> LayerTrace:
-        """The index-th of the layers that were recorded."""
-        info = self.info.layers[index]
+        """The index-th of the layers that were recorded. Raises FormatError unless its arrays are
+        what trace.json says, and name neurons that are there, each once for a token."""
+        info, tokens = self.info.layers[index], self.info.tokens
         folder = self.path / f"layer-{info.layer}"
-        ninja = _mmap_ninja()
-        try:
-            ragged = ninja.RaggedMmap(folder / "active")
-            inputs = ninja.numpy.open_existing(folder / "inputs")
-            trace = LayerTrace(info, inputs, ragged.memmap, ragged.starts, ragged.ends)
-        except (OSError, ValueError) as error:
-            raise FormatError(f"not a trace's arrays: {error}", file=folder) from error
-        self._check(trace, folder)
+        trace = LayerTrace(
+            info,
+            open_array(folder / "inputs", "float16", (tokens, info.d_model)),
+            open_array(folder / "active", "uint32", (info.active,)),
+            open_array(folder / "active" / "starts", "int64", (tokens,)),
+            open_array(folder / "active" / "ends", "int64", (tokens,)),
+        )
+        _check(trace, folder / "active")
         return trace
 
     def groups_of(self, file: BundleFile) -> list[Group]:
@@ -131,20 +144,27 @@ class Trace:
                 raise UsageError("a trace of another shape", file=self.path, field=group.label)
         return groups
 
-    def _check(self, trace: LayerTrace, folder: Path) -> None:
-        info, tokens = trace.info, self.info.tokens
-        whole = (
-            trace.inputs.shape == (tokens, info.d_model)
-            and trace.starts is not None
-            and trace.starts.shape == trace.ends.shape == (tokens,)
-            and trace.ids.shape == (info.active,)
-            and np.array_equal(trace.starts[1:], trace.ends[:-1])
-            and (trace.starts[0], trace.ends[-1]) == (0, info.active)
-            and (trace.starts <= trace.ends).all()
-            and int(trace.ids.max(initial=0)) < info.neurons
-        )
-        if not whole:
-            raise FormatError("arrays unlike what trace.json says", file=folder)
+
+def _check(trace: LayerTrace, folder: Path) -> None:
+    starts, ends, ids = trace.starts, trace.ends, trace.ids
+    if not (
+        np.array_equal(starts[1:], ends[:-1])
+        and (starts[0], ends[-1]) == (0, ids.size)
+        and (starts <= ends).all()
+    ):
+        raise FormatError("starts and ends that do not part the ids by token", file=folder)
+    for first in range(0, ids.size, _IDS_AT_A_TIME):
+        piece = ids[max(first - 1, 0) : first + _IDS_AT_A_TIME]
+        if piece.max() >= trace.info.neurons:
+            raise FormatError(
+                "no such neuron",
+                file=folder,
+                expected=f"less than {trace.info.neurons}",
+                found=piece.max(),
+            )
+        falls = np.flatnonzero(piece[1:] <= piece[:-1]) + max(first, 1)
+        if not np.isin(falls, starts).all():
+            raise FormatError("a token's neurons are not in ascending order", file=folder)
 
 
 class TraceWriter:
@@ -172,45 +192,56 @@ class TraceWriter:
         layers = [layer.finish() for layer in self._layers.values()]
         tokens = next(layer.tokens for layer in self._layers.values())
         info = TraceInfo(VERSION, self._file_id.hex(), tokens, layers)
-        (self._folder / _INFO).write_bytes(msgspec.json.format(msgspec.json.encode(info)))
+        write_small(self._folder / _INFO, msgspec.json.format(msgspec.json.encode(info)))
         return info
 
 
 class _LayerWriter:
     def __init__(self, folder: Path, group: Group) -> None:
-        self._folder = folder / f"layer-{group.layer}"
-        self._folder.mkdir()
+        layer = folder / f"layer-{group.layer}"
+        layer.mkdir()
         self._group = group
-        self._held: list[NDArray[np.uint32]] = []
-        self._active = 0
-        self.tokens = 0
+        self._inputs = ArrayWriter(layer / "inputs", "float16", (group.d_model,))
+        self._folder = layer / "active"
+        self._ids = ArrayWriter(self._folder, "uint32")
+        self._starts, self._ends, self._flattened_shapes = (
+            ArrayWriter(self._folder / name, "int64")
+            for name in ("starts", "ends", "flattened_shapes")
+        )
+        self._shapes = ArrayWriter(self._folder / "shapes", "int64", (1,))
+
+    @property
+    def tokens(self) -> int:
+        return self._inputs.rows
 
     def extend(self, x: Floats, active: NDArray[np.bool_]) -> None:
-        ninja, folder = _mmap_ninja().numpy, self._folder / "inputs"
-        inputs = x.clip(_F16.min, _F16.max).astype(np.float16)
-        if self.tokens:
-            ninja.extend_dir(folder, inputs)
-        else:
-            ninja.from_ndarray(folder, inputs)
-        self.tokens += x.shape[0]
-        self._held += [np.flatnonzero(row).astype(np.uint32) for row in active]
-        count = int(np.count_nonzero(active))
-        self._active += count
-        if count:  # a RaggedMmap that begins with no numbers at all reads wrong ones later
-            self._flush()
+        if np.isnan(x).any():
+            raise FormatError("not a number (NaN) in the FFN's inputs", field=self._group.label)
+        self._inputs.extend(x.clip(_F16.min, _F16.max))
+        counts = np.count_nonzero(active, axis=1)
+        ends = self._ids.rows + np.cumsum(counts)
+        self._ids.extend(np.nonzero(active)[1])
+        self._starts.extend(ends - counts)
+        self._ends.extend(ends)
+        self._flattened_shapes.extend(counts)
+        self._shapes.extend(counts[:, np.newaxis])
 
     def finish(self) -> TracedLayer:
-        if self._held:
-            self._flush()
+        for array in (
+            self._inputs,
+            self._ids,
+            self._starts,
+            self._ends,
+            self._flattened_shapes,
+            self._shapes,
+        ):
+            array.finish()
+        (self._folder / "type.ninja").write_bytes(b"ragged")
+        write_small(self._folder / "shapes_are_flat.ninja", (1).to_bytes(4, "little"))
         group = self._group
         return TracedLayer(
-            group.layer, group.neurons, group.d_model, group.activation, self._active
+            group.layer, group.neurons, group.d_model, group.activation, self._ids.rows
         )
-
-    def _flush(self) -> None:
-        # Opened anew each time: kept open, the arrays of many layers are too many open files.
-        _mmap_ninja().RaggedMmap(self._folder / "active", mode="r+").extend(self._held)
-        self._held = []
 
 
 @contextmanager
@@ -223,17 +254,5 @@ def new_trace(
     Raises UsageError when `path` exists or an activation has no zeros, WriteError when the device
     refuses.
     """
-    _mmap_ninja()
     with new_folder(path) as folder:
         yield TraceWriter(folder, file_id, groups)
-
-
-def _mmap_ninja() -> Any:
-    try:
-        import mmap_ninja
-        import mmap_ninja.numpy
-    except ImportError:
-        raise UsageError(
-            "traces need mmap-ninja", expected="pip install 'bundlefmt[train]'"
-        ) from None
-    return mmap_ninja

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bundlefmt.errors import UsageError
+from bundlefmt.errors import FormatError, UsageError
 from bundlefmt.flash.predictor import (
     TOKENS,
     Predictor,
@@ -66,7 +66,8 @@ def train(
     """A layer's predictor as it is stored, and how well it does on the held-out part of the trace.
     `advance` is told of tokens as they are trained on, each once in every epoch.
 
-    Raises UsageError for a rank out of range, a trace too short, or PyTorch not installed.
+    Raises UsageError for a rank out of range, a trace too short, or PyTorch not installed,
+    FormatError for inputs that are not numbers.
     """
     torch = require_torch()
     tokens = trace.inputs.shape[0]
@@ -135,4 +136,7 @@ def _fit(
 
 
 def _inputs(trace: LayerTrace, tokens: NDArray[np.int64]) -> Floats:
-    return trace.inputs[tokens].astype(np.float32)
+    inputs = trace.inputs[tokens].astype(np.float32)
+    if not np.isfinite(inputs).all():
+        raise FormatError("not numbers, in a trace's inputs", field=f"layer {trace.info.layer}")
+    return inputs

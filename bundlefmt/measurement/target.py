@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bundlefmt.errors import UsageError, WriteError
 from bundlefmt.file import BundleFile
-from bundlefmt.storage.atomic import require_free_space, scratch_file
+from bundlefmt.storage.atomic import scratch_file, write_all
 from bundlefmt.storage.buffers import aligned_empty
 
 DEFAULT_SIZE = 1 << 30
@@ -32,13 +31,11 @@ def target(
                 raise UsageError("a file without bundles", file=model)
             yield file.path, file
         return
-    require_free_space(Path(folder), size)
-    with scratch_file(folder) as temporary:
+    with scratch_file(folder, needed=size) as temporary:
         block = np.random.default_rng(SEED).bytes(_WRITE_STEP)
         try:
             for start in range(0, size, _WRITE_STEP):
-                temporary.write(block[: size - start])
-            temporary.flush()
+                write_all(temporary.fileno(), block[: size - start], start)
         except OSError as error:
             raise WriteError(f"cannot write: {error.strerror}", file=folder) from error
         yield temporary.name, None

@@ -81,8 +81,9 @@ def device_identity(path: str | os.PathLike[str]) -> str:
     its size; of what is no disk, the file system. Raises UsageError when there is no such file."""
     try:
         number = Path(path).stat().st_dev
-    except OSError as error:
-        raise UsageError(f"no such file: {error.strerror}", file=path) from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
+        raise UsageError(f"no such file: {reason}", file=path) from error
     kind, source = _mounted(number)
     if not _sys_entry(number).exists() and Path(source).is_block_device():
         number = Path(source).stat().st_rdev  # btrfs, say, has numbers that are no device's
@@ -177,6 +178,7 @@ def cpu_features() -> list[str]:
 
 def _lines(path: str) -> list[str]:
     try:
-        return Path(path).read_text().splitlines()
+        text = Path(path).read_text(errors="surrogateescape")  # a mount point may have any name
     except OSError:
         return []
+    return [line for line in text.split("\n") if line]
