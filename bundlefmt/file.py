@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
+import operator
 import os
 import stat
 from collections.abc import Iterator
@@ -33,6 +35,7 @@ from bundlefmt.storage.buffers import aligned_empty
 from bundlefmt.storage.sequential import spanning
 
 _ZSTD_STEP = 64  # compressed bytes at a time: at most 16 blocks of 128 KiB come out of them
+_MAX_DOCUMENT = 16 << 20  # bytes of JSON, which may take thirty times as many once it is parsed
 _LONG = 1 << 20  # spans that come at the rate of the device, and leave the page cache alone
 
 
@@ -45,7 +48,7 @@ class BundleFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
+        self.path = _as_text(path)
         self._backend: Backend | None = None
         self._fd = _open_regular(self.path)
         try:
@@ -82,20 +85,19 @@ class BundleFile:
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """The model's config.json; {} when the file carries none."""
-        if "config.json" not in self._blobs:
-            return {}
-        try:
-            config = json.loads(self.blob("config.json"))
-        except (ValueError, RecursionError) as error:
-            self._refuse(f"not JSON: {error}", field="config.json")
-        if not isinstance(config, dict):
-            self._refuse("not a JSON object", field="config.json")
-        return config
+        return self.document("config.json")
 
     def group(self, layer: int, expert: int | None = None) -> Group:
         """The group of that layer (and expert). Raises UsageError when there is none."""
         try:
-            return self._groups[layer, expert]
+            key = operator.index(layer), None if expert is None else operator.index(expert)
+            return self._groups[key]
+        except TypeError:
+            raise UsageError(
+                "layer and expert are integers",
+                file=self.path,
+                found=f"{type(layer).__name__} and {type(expert).__name__}",
+            ) from None
         except KeyError:
             raise UsageError(
                 "no such group",
@@ -153,7 +155,31 @@ class BundleFile:
         """A carried file's bytes, checked. Raises UsageError for a name that is not there."""
         if name not in self._blobs:
             raise UsageError("no such blob", file=self.path, field=name)
-        return bytes(self.region(self._blobs[name].data, name))
+        data = self._blobs[name].data
+        if data.codec == "raw":
+            return bytes(self._checked(data, name))
+        whole = io.BytesIO()  # which gives its bytes away without a copy
+        for piece in self.decoded_pieces(data, name):
+            whole.write(piece)
+        return whole.getvalue()
+
+    def document(self, name: str) -> dict[str, Any]:
+        """A carried JSON file as a dict; {} when there is none of that name. Raises FormatError
+        when it is not a JSON object of at most 16 MiB."""
+        if name not in self._blobs:
+            return {}
+        data = self._blobs[name].data
+        length = data.length if data.decoded_length is None else data.decoded_length
+        if length > _MAX_DOCUMENT:
+            expected = f"at most {_MAX_DOCUMENT} bytes"
+            self._refuse("too long", field=name, expected=expected, found=length)
+        try:
+            document = json.loads(self.blob(name))
+        except (ValueError, RecursionError) as error:
+            self._refuse(f"not JSON: {error}", field=name)
+        if not isinstance(document, dict):
+            self._refuse("not a JSON object", field=name)
+        return document
 
     def resident_part(self, group: Group, name: str) -> NDArray[np.uint8]:
         """A part that lies outside the bundles: uint8 [neurons, part length], by neuron."""
@@ -355,11 +381,20 @@ class BundleFile:
         )
 
 
+def _as_text(path: str | os.PathLike[str]) -> str:
+    try:
+        return os.fsdecode(path)
+    except TypeError:
+        raise UsageError("not a path", found=type(path).__name__) from None
+
+
 def _open_regular(path: str) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise UsageError(f"cannot open: {error.strerror}", file=path) from error
+    except ValueError as error:  # a NUL, or what the file system's encoding does not have
+        raise UsageError(f"cannot open: {error}", file=path) from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise UsageError("not a regular file", file=path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -301,11 +300,9 @@ def _paying_gap(file: BundleFile) -> int:
 def _eos(file: BundleFile) -> frozenset[int]:
     """The end-of-text tokens of generation_config.json, which knows more of them than config.json
     for models that were taught to chat."""
-    if "generation_config.json" not in file.blob_names:
-        return frozenset()
     try:
-        return eos_of(json.loads(file.blob("generation_config.json")))
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        return eos_of(file.document("generation_config.json"))
+    except TypeError as error:
         raise FormatError(f"not understood: {error}", field="generation_config.json") from None
 
 
