@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import json
-import operator
 import os
 import stat
 from collections.abc import Iterator
@@ -17,9 +16,9 @@ import xxhash
 import zstandard
 from numpy.typing import NDArray
 
-from bundlefmt.errors import FormatError, ReadError, UsageError, naming
+from bundlefmt.errors import FormatError, ReadError, UsageError, integer, naming
 from bundlefmt.layout import dtypes, structure, superblock
-from bundlefmt.layout.constants import DATA_OFFSET, MAX_ZSTD_WINDOW
+from bundlefmt.layout.constants import DATA_OFFSET, MAX_INTEGER, MAX_ZSTD_WINDOW
 from bundlefmt.layout.header import Group, Header, Region, Span, Tensor
 from bundlefmt.layout.header import decode as decode_header
 from bundlefmt.layout.order import is_permutation
@@ -34,6 +33,7 @@ from bundlefmt.storage.backends import (
 from bundlefmt.storage.buffers import aligned_empty
 from bundlefmt.storage.sequential import spanning
 
+_INTEGERS = (int, np.integer)
 _ZSTD_STEP = 64  # compressed bytes at a time: at most 16 blocks of 128 KiB come out of them
 _MAX_DOCUMENT = 16 << 20  # bytes of JSON, which may take thirty times as many once it is parsed
 _LONG = 1 << 20  # spans that come at the rate of the device, and leave the page cache alone
@@ -89,25 +89,18 @@ class BundleFile:
 
     def group(self, layer: int, expert: int | None = None) -> Group:
         """The group of that layer (and expert). Raises UsageError when there is none."""
-        try:
-            key = operator.index(layer), None if expert is None else operator.index(expert)
-            return self._groups[key]
-        except TypeError:
-            raise UsageError(
-                "layer and expert are integers",
-                file=self.path,
-                found=f"{type(layer).__name__} and {type(expert).__name__}",
-            ) from None
-        except KeyError:
+        integers = isinstance(layer, _INTEGERS) and isinstance(expert, (*_INTEGERS, type(None)))
+        if not integers or (layer, expert) not in self._groups:
             raise UsageError(
                 "no such group",
                 file=self.path,
                 field="layer" if expert is None else "layer, expert",
-                expected=self._what_there_is(layer),
-                found=layer if expert is None else f"{layer}, {expert}",
-            ) from None
+                expected=self._what_there_is(layer if integers else None),
+                found=layer if expert is None else (layer, expert),
+            )
+        return self._groups[layer, expert]
 
-    def _what_there_is(self, layer: int) -> str:
+    def _what_there_is(self, layer: int | None) -> str:
         experts = [g.expert for g in self.groups if g.layer == layer and g.expert is not None]
         if experts:
             return f"layer {layer} with an expert in {min(experts)}..{max(experts)}"
@@ -121,10 +114,9 @@ class BundleFile:
 
     def tensor_entry(self, name: str) -> Tensor:
         """The header's entry of a resident tensor. Raises UsageError when there is none."""
-        try:
-            return self._tensors[name]
-        except KeyError:
-            raise UsageError("no such resident tensor", file=self.path, field=name) from None
+        if not isinstance(name, str) or name not in self._tensors:
+            raise UsageError("no such resident tensor", file=self.path, field=str(name))
+        return self._tensors[name]
 
     def tensor(self, name: str) -> NDArray[Any]:
         """A resident tensor in its own dtype and shape, checked against its checksum.
@@ -153,8 +145,8 @@ class BundleFile:
 
     def blob(self, name: str) -> bytes:
         """A carried file's bytes, checked. Raises UsageError for a name that is not there."""
-        if name not in self._blobs:
-            raise UsageError("no such blob", file=self.path, field=name)
+        if not isinstance(name, str) or name not in self._blobs:
+            raise UsageError("no such blob", file=self.path, field=str(name))
         data = self._blobs[name].data
         if data.codec == "raw":
             return bytes(self._checked(data, name))
@@ -238,8 +230,7 @@ class BundleFile:
         Raises UsageError for an unknown backend or a gap below zero, ReadError when the backend
         asked for by name cannot work here.
         """
-        if gap < 0:
-            raise UsageError("out of range", field="gap", expected="0 or more", found=gap)
+        gap = integer(gap, "gap", 0, MAX_INTEGER)
         opened, fallback = self.backend(backend, threads, queue_depth, memory)
         return Reader(self, opened, fallback=fallback, verify=verify, gap=gap)
 
