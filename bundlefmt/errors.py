@@ -5,12 +5,16 @@ Every message is one line that names what is known of: file, field, offset, expe
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LONGEST = 1024  # bytes of an error's line in UTF-8
+
 _UNSET = object()
+_CUTS = (1000, 400, 180, 36)  # characters left of each piece: five of the last always fit
 
 
 _CONTROLS = re.compile("[\\0-\\x08\\x0b-\\x1f\\x7f-\\x9f]")
@@ -52,19 +56,38 @@ class BundleError(Exception):
         self.offset = offset
         self.expected = None if expected is _UNSET else expected
         self.found = None if found is _UNSET else found
-        self._compared = [
-            f"{word} {value}"
+        self._compared = {
+            word: value
             for word, value in (("expected", expected), ("found", found))
             if value is not _UNSET
-        ]
+        }
 
     def __str__(self) -> str:
-        where = [os.fspath(self.file)] if self.file is not None else []
-        place = self.field or ""
+        """One line of at most LONGEST bytes: the middle of what is too long is left out."""
+        return next(line for line in map(self._line, _CUTS) if len(line.encode()) <= LONGEST)
+
+    def _line(self, cut: int) -> str:
+        place = _shortened(self.field or "", cut)
         if self.offset is not None:
             place = f"{place} at byte {self.offset}".strip()
-        where += [place] if place else []
-        return printable(": ".join([*where, self.what, *filter(None, [", ".join(self._compared)])]))
+        file = "" if self.file is None else _shortened(os.fsdecode(self.file), cut)
+        compared = ", ".join(f"{word} {_shortened(v, cut)}" for word, v in self._compared.items())
+        return ": ".join(filter(None, [file, place, _shortened(self.what, cut), compared]))
+
+
+def _shortened(value: object, length: int) -> str:
+    """`printable` of a value, at most that long: its beginning and its end."""
+    try:
+        text = str(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        text = "a number of very many digits"
+    if len(text) > 2 * LONGEST:
+        text = text[:LONGEST] + text[-LONGEST:]
+    text = printable(text)
+    if len(text) <= length:
+        return text
+    tail = length // 3
+    return f"{text[: length - tail - 3]}...{text[-tail:]}"
 
 
 class UsageError(BundleError):
@@ -81,6 +104,19 @@ class ReadError(BundleError):
 
 class WriteError(BundleError):
     """The device's fault: a write that failed, a disk that is full."""
+
+
+def integer(value: object, field: str, least: int, most: int | None = None) -> int:
+    """An argument as a plain int. Raises UsageError unless it is an integer (a bool is none) of
+    least..most."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        expected = f"{least} or more" if most is None else f"{least}..{most}"
+        raise UsageError("out of range", field=field, expected=expected, found=value)
+    return number
 
 
 @contextmanager

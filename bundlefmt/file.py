@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import stat
@@ -15,9 +16,9 @@ import xxhash
 import zstandard
 from numpy.typing import NDArray
 
-from bundlefmt.errors import FormatError, ReadError, UsageError, naming
+from bundlefmt.errors import FormatError, ReadError, UsageError, integer, naming
 from bundlefmt.layout import dtypes, structure, superblock
-from bundlefmt.layout.constants import DATA_OFFSET, MAX_ZSTD_WINDOW
+from bundlefmt.layout.constants import DATA_OFFSET, MAX_INTEGER, MAX_ZSTD_WINDOW
 from bundlefmt.layout.header import Group, Header, Region, Span, Tensor
 from bundlefmt.layout.header import decode as decode_header
 from bundlefmt.layout.order import is_permutation
@@ -32,7 +33,9 @@ from bundlefmt.storage.backends import (
 from bundlefmt.storage.buffers import aligned_empty
 from bundlefmt.storage.sequential import spanning
 
+_INTEGERS = (int, np.integer)
 _ZSTD_STEP = 64  # compressed bytes at a time: at most 16 blocks of 128 KiB come out of them
+_MAX_DOCUMENT = 16 << 20  # bytes of JSON, which may take thirty times as many once it is parsed
 _LONG = 1 << 20  # spans that come at the rate of the device, and leave the page cache alone
 
 
@@ -45,7 +48,7 @@ class BundleFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
+        self.path = _as_text(path)
         self._backend: Backend | None = None
         self._fd = _open_regular(self.path)
         try:
@@ -82,30 +85,22 @@ class BundleFile:
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """The model's config.json; {} when the file carries none."""
-        if "config.json" not in self._blobs:
-            return {}
-        try:
-            config = json.loads(self.blob("config.json"))
-        except (ValueError, RecursionError) as error:
-            self._refuse(f"not JSON: {error}", field="config.json")
-        if not isinstance(config, dict):
-            self._refuse("not a JSON object", field="config.json")
-        return config
+        return self.document("config.json")
 
     def group(self, layer: int, expert: int | None = None) -> Group:
         """The group of that layer (and expert). Raises UsageError when there is none."""
-        try:
-            return self._groups[layer, expert]
-        except KeyError:
+        integers = isinstance(layer, _INTEGERS) and isinstance(expert, (*_INTEGERS, type(None)))
+        if not integers or (layer, expert) not in self._groups:
             raise UsageError(
                 "no such group",
                 file=self.path,
                 field="layer" if expert is None else "layer, expert",
-                expected=self._what_there_is(layer),
-                found=layer if expert is None else f"{layer}, {expert}",
-            ) from None
+                expected=self._what_there_is(layer if integers else None),
+                found=layer if expert is None else (layer, expert),
+            )
+        return self._groups[layer, expert]
 
-    def _what_there_is(self, layer: int) -> str:
+    def _what_there_is(self, layer: int | None) -> str:
         experts = [g.expert for g in self.groups if g.layer == layer and g.expert is not None]
         if experts:
             return f"layer {layer} with an expert in {min(experts)}..{max(experts)}"
@@ -119,10 +114,9 @@ class BundleFile:
 
     def tensor_entry(self, name: str) -> Tensor:
         """The header's entry of a resident tensor. Raises UsageError when there is none."""
-        try:
-            return self._tensors[name]
-        except KeyError:
-            raise UsageError("no such resident tensor", file=self.path, field=name) from None
+        if not isinstance(name, str) or name not in self._tensors:
+            raise UsageError("no such resident tensor", file=self.path, field=str(name))
+        return self._tensors[name]
 
     def tensor(self, name: str) -> NDArray[Any]:
         """A resident tensor in its own dtype and shape, checked against its checksum.
@@ -151,9 +145,33 @@ class BundleFile:
 
     def blob(self, name: str) -> bytes:
         """A carried file's bytes, checked. Raises UsageError for a name that is not there."""
+        if not isinstance(name, str) or name not in self._blobs:
+            raise UsageError("no such blob", file=self.path, field=str(name))
+        data = self._blobs[name].data
+        if data.codec == "raw":
+            return bytes(self._checked(data, name))
+        whole = io.BytesIO()  # which gives its bytes away without a copy
+        for piece in self.decoded_pieces(data, name):
+            whole.write(piece)
+        return whole.getvalue()
+
+    def document(self, name: str) -> dict[str, Any]:
+        """A carried JSON file as a dict; {} when there is none of that name. Raises FormatError
+        when it is not a JSON object of at most 16 MiB."""
         if name not in self._blobs:
-            raise UsageError("no such blob", file=self.path, field=name)
-        return bytes(self.region(self._blobs[name].data, name))
+            return {}
+        data = self._blobs[name].data
+        length = data.length if data.decoded_length is None else data.decoded_length
+        if length > _MAX_DOCUMENT:
+            expected = f"at most {_MAX_DOCUMENT} bytes"
+            self._refuse("too long", field=name, expected=expected, found=length)
+        try:
+            document = json.loads(self.blob(name))
+        except (ValueError, RecursionError) as error:
+            self._refuse(f"not JSON: {error}", field=name)
+        if not isinstance(document, dict):
+            self._refuse("not a JSON object", field=name)
+        return document
 
     def resident_part(self, group: Group, name: str) -> NDArray[np.uint8]:
         """A part that lies outside the bundles: uint8 [neurons, part length], by neuron."""
@@ -212,8 +230,7 @@ class BundleFile:
         Raises UsageError for an unknown backend or a gap below zero, ReadError when the backend
         asked for by name cannot work here.
         """
-        if gap < 0:
-            raise UsageError("out of range", field="gap", expected="0 or more", found=gap)
+        gap = integer(gap, "gap", 0, MAX_INTEGER)
         opened, fallback = self.backend(backend, threads, queue_depth, memory)
         return Reader(self, opened, fallback=fallback, verify=verify, gap=gap)
 
@@ -355,11 +372,20 @@ class BundleFile:
         )
 
 
+def _as_text(path: str | os.PathLike[str]) -> str:
+    try:
+        return os.fsdecode(path)
+    except TypeError:
+        raise UsageError("not a path", found=type(path).__name__) from None
+
+
 def _open_regular(path: str) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise UsageError(f"cannot open: {error.strerror}", file=path) from error
+    except ValueError as error:  # a NUL, or what the file system's encoding does not have
+        raise UsageError(f"cannot open: {error}", file=path) from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise UsageError("not a regular file", file=path)

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from bundlefmt.errors import UsageError
+from bundlefmt.errors import UsageError, integer
 from bundlefmt.layout.constants import EncodingName
 from bundlefmt.layout.encodings import ENCODINGS, numbers_in
 from bundlefmt.layout.header import Group
@@ -32,6 +32,7 @@ _F16_INFINITY = 0x7C00
 _F16_FIELDS = np.int32(-0x70002000)  # 0x8FFFE000: sign, exponent and mantissa, shifted by 13
 _F16_REBIAS = np.float32(2.0**112)  # exponent biases: 127 - 15
 _BLOCK_NUMBERS = 1 << 17  # widened at a time: half a MiB of float32 stays in the L2 cache
+_MOST_THREADS = 1024  # that the native core computes with
 
 _threads = CPUS
 
@@ -39,11 +40,7 @@ _threads = CPUS
 def set_threads(count: int) -> None:
     """How many threads the native core computes with (default: one per CPU of the process)."""
     global _threads
-    if count < 1:
-        raise UsageError(
-            "no threads to compute with", field="threads", expected="1 or more", found=count
-        )
-    _threads = count
+    _threads = integer(count, "threads", 1, _MOST_THREADS)
 
 
 class Part(NamedTuple):

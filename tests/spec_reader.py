@@ -352,6 +352,9 @@ def check_header(value: Any, block: Superblock) -> dict[str, Any]:
     require(len(set(names)) == len(names), "header.tensors: a name twice")
     names = [item["name"] for item in header["blobs"] + header["sources"]]
     require(len(set(names)) == len(names), "header.blobs, header.sources: a name twice")
+    for region in [b["data"] for b in header["blobs"]] + [s["header"] for s in header["sources"]]:
+        length = region["length"] if region["codec"] == "raw" else region["decoded_length"]
+        require(length is None or length <= 1 << 28, "header.blobs, header.sources: too long")
     for name in names:
         check_file_name(name, f"file {name!r}")
     check_regions(header, block)

@@ -102,6 +102,7 @@ def test_the_limits_are_the_codes() -> None:
         "integer, greatest": (constants.MAX_INTEGER,),
         "neurons of a group, greatest": (constants.MAX_NEURONS,),
         "file name, greatest number of bytes": (constants.MAX_NAME_LENGTH,),
+        "blob or source header, greatest number of bytes, decoded": (constants.MAX_BLOB_LENGTH,),
         "zstd window, greatest": (constants.MAX_ZSTD_WINDOW,),
     }
 

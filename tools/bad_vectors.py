@@ -237,6 +237,18 @@ BAD_OPEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         edited(lambda h: part(h).update(bias="norm")),
         "header.groups[0].parts[0].bias",
     ),
+    "blob-too-long": (
+        edited(
+            lambda h: h["blobs"][0]["data"].update(codec="zstd", decoded_length=(256 << 20) + 1)
+        ),
+        "header.blobs[0].data",
+    ),
+    "source-too-long": (
+        edited(
+            lambda h: h["sources"][0]["header"].update(codec="zstd", decoded_length=(256 << 20) + 1)
+        ),
+        "header.sources[0].header",
+    ),
     "unknown-codec": (
         edited(lambda h: h["blobs"][0]["data"].update(codec="lz4", decoded_length=9)),
         "header",

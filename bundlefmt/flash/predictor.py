@@ -22,12 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundlefmt import kernels
-from bundlefmt.errors import UsageError
+from bundlefmt.errors import FormatError, UsageError
 from bundlefmt.file import BundleFile
 from bundlefmt.kernels import Floats
 from bundlefmt.layout.constants import BlockEncodingName, EncodingName
 from bundlefmt.layout.dtypes import ENCODING_OF
-from bundlefmt.layout.encodings import ENCODINGS, numbers_in
+from bundlefmt.layout.encodings import ENCODINGS, all_finite, numbers_in
 from bundlefmt.layout.header import Group
 from bundlefmt.layout.header import Predictor as Entry
 from bundlefmt.reader import Reader
@@ -44,6 +44,7 @@ _LEAST_ERROR = 1e-2  # of an output's deviation: keeps scores of neurons without
 _RIDGE = 1e-4  # of the inputs' mean square
 _MOST_CUT = 30.0  # sigmoid(40) is 1 in float64, and nothing is above it
 _SEED = 1
+_CHECKED = 1024  # rows at a time
 
 # Inputs x [tokens, d_model] and which neurons were active for them [tokens, neurons].
 Sample = tuple[Floats, NDArray[np.bool_]]
@@ -137,7 +138,8 @@ def trained(file: BundleFile, group: Group) -> Entry | None:
 
 
 def load(file: BundleFile, group: Group) -> Predictor | None:
-    """The predictor of a group that the file carries; None where none was trained."""
+    """The predictor of a group that the file carries; None where none was trained. Raises
+    FormatError for one whose numbers are not finite: it would name no neurons, without a word."""
     entry = trained(file, group)
     if entry is None:
         return None
@@ -147,7 +149,11 @@ def load(file: BundleFile, group: Group) -> Predictor | None:
 
 def _part(file: BundleFile, name: str, encoding: BlockEncodingName | None) -> kernels.Part:
     stored = file.tensor(name).view(np.uint8)
-    return kernels.Part(stored, encoding or ENCODING_OF[file.tensor_entry(name).dtype])
+    kind = encoding or ENCODING_OF[file.tensor_entry(name).dtype]
+    rows = range(0, stored.shape[0], _CHECKED)
+    if not all(all_finite(stored[start : start + _CHECKED], kind) for start in rows):
+        raise FormatError("a predictor's numbers are not finite", file=file.path, field=name)
+    return kernels.Part(stored, kind)
 
 
 def as_stored(a: Floats, b: Floats) -> Predictor:
@@ -174,6 +180,7 @@ class Selector(NamedTuple):
 
     weights: Floats
     bias: Floats
+    label: str = "selector"  # of its group, for errors
 
     def active(self, x: Floats) -> NDArray[np.bool_]:
         """Which neurons are active for each token of x: [tokens, neurons]."""
@@ -198,17 +205,34 @@ def read_selector(file: BundleFile, reader: Reader, group: Group) -> Selector:
     bias = np.zeros(group.neurons, dtype=np.float32) if bias is None else bias
     if group.activation == "fatrelu":
         bias = bias - np.float32(group.activation_threshold or 0.0)
-    return Selector(weights, bias)
+    return Selector(weights, bias, group.label)
 
 
 def untrained(selector: Selector, inputs: Floats, rank: int, recall: float) -> Predictor:
     """A predictor of that rank from the selector's weights. `inputs` [samples, d_model] are FFN
     inputs, or are drawn as such; the threshold finds a share `recall` of what is active for them.
 
-    Raises UsageError for a rank that is not in 2..d_model.
+    Raises UsageError for a rank that is not in 2..d_model, FormatError for weights or inputs that
+    are not finite, or so large that their products are not.
     """
-    width = selector.weights.shape[1]
-    check_rank(rank, width)
+    check_rank(rank, selector.weights.shape[1])
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            a, b = _low_rank(selector, inputs, rank)
+        finite = np.isfinite(a).all() and np.isfinite(b).all()
+    except np.linalg.LinAlgError:
+        finite = np.False_
+    if not finite:
+        raise FormatError(
+            "no predictor can be made of these weights",
+            field=selector.label,
+            expected="finite numbers, and finite products with the norm before them",
+        )
+    return calibrated(as_stored(a, b), _sampled(selector, inputs), recall)
+
+
+def _low_rank(selector: Selector, inputs: Floats, rank: int) -> tuple[Floats, Floats]:
+    """a [rank, d_model] and b [neurons, rank] of an untrained predictor."""
     mean = inputs.mean(axis=0)
     outputs = kernels.matmul(inputs - mean, selector.weights)
     basis = _principal(outputs, rank - 1)
@@ -219,7 +243,7 @@ def untrained(selector: Selector, inputs: Floats, rank: int, recall: float) -> P
     scale = (inputs @ a.T).std(axis=0) + _tiny(outputs)
     a = np.concatenate([a / scale[:, None], [_constant(inputs)]])
     b = np.concatenate([basis * scale, middle[:, None]], axis=1) * (_PROBIT / errors)[:, None]
-    return calibrated(as_stored(a, b), _sampled(selector, inputs), recall)
+    return a, b
 
 
 def untrained_on_random(selector: Selector, like: Callable[[Floats], Floats]) -> Predictor:

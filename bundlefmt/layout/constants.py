@@ -23,6 +23,7 @@ MAX_HEADER_DEPTH = 32
 MAX_INTEGER = (1 << 53) - 1  # what every JSON reader holds exactly
 MAX_NEURONS = 1 << 32  # an order is a table of u32
 MAX_NAME_LENGTH = 255  # of a blob or source file, in UTF-8 bytes
+MAX_BLOB_LENGTH = 256 << 20  # decoded bytes of a blob or a source's header
 
 MAX_ZSTD_WINDOW = 8 << 20  # bytes that a decoder may be made to reserve
 

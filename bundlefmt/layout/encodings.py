@@ -164,3 +164,12 @@ def numbers_in(stored: Bytes, encoding: str) -> NDArray[Any]:
     float32 memory for block encodings."""
     kind = ENCODINGS[encoding]
     return kind.decode(stored) if kind.dtype is None else stored.view(kind.dtype)
+
+
+def all_finite(stored: Bytes, encoding: str) -> bool:
+    """Whether vectors uint8 [..., n] hold neither infinities nor NaN."""
+    kind = ENCODINGS[encoding]
+    if kind.dtype is not None:
+        return bool(np.isfinite(stored.view(kind.dtype)).all())
+    scales = np.ascontiguousarray(_stored_blocks(stored, kind.block_bytes)[..., :2])
+    return bool(np.isfinite(scales.view(np.float16)).all())

@@ -16,6 +16,7 @@ from bundlefmt.layout import dtypes
 from bundlefmt.layout.constants import (
     CHECKSUM_BYTES,
     DATA_OFFSET,
+    MAX_BLOB_LENGTH,
     MAX_NAME_LENGTH,
     ORDER_BYTES,
     PARTS,
@@ -69,7 +70,7 @@ def faults(superblock: Superblock, header: Header) -> Iterator[FormatError]:
     """Every rule that the header breaks, as FormatErrors."""
     yield from _group_faults(header)
     yield from _tensor_faults(header)
-    yield from _name_faults(header)
+    yield from _carried_faults(header)
     yield from _bias_faults(header)
     yield from _predictor_faults(header)
     yield from _region_faults(superblock, header)
@@ -172,17 +173,24 @@ def _tensor_faults(header: Header) -> Iterator[FormatError]:
             yield _wrong("unknown dtype", f"{field}.dtype", f"one of {known}", tensor.dtype)
             continue
         expected = dtypes.nbytes(tensor.dtype, tensor.shape)
-        region = tensor.data
-        decoded = region.length if region.codec == "raw" else region.decoded_length
+        decoded = _decoded_length(tensor.data)
         if decoded != expected:
             yield _wrong("wrong length", f"{field}.data", f"{expected} bytes", decoded)
 
 
-def _name_faults(header: Header) -> Iterator[FormatError]:
+def _decoded_length(region: Region) -> int | None:
+    return region.length if region.codec == "raw" else region.decoded_length
+
+
+def _carried_faults(header: Header) -> Iterator[FormatError]:
     seen: set[str] = set()
-    named = [(f"blobs[{i}].name", blob.name) for i, blob in enumerate(header.blobs)]
-    named += [(f"sources[{i}].name", source.name) for i, source in enumerate(header.sources)]
-    for field, name in named:
+    carried = [(f"blobs[{i}]", "data", b.name, b.data) for i, b in enumerate(header.blobs)]
+    carried += [(f"sources[{i}]", "header", s.name, s.header) for i, s in enumerate(header.sources)]
+    for entry, place, name, region in carried:
+        field = f"{entry}.name"
+        length = _decoded_length(region) or 0
+        if length > MAX_BLOB_LENGTH:
+            yield _wrong("too long", f"{entry}.{place}", f"at most {MAX_BLOB_LENGTH} bytes", length)
         if (
             name in (".", "..")
             or any(c in name for c in "/\\\0")

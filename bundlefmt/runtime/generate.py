@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundlefmt import kernels, native
-from bundlefmt.errors import BundleError, FormatError, UsageError, naming
+from bundlefmt.errors import BundleError, UsageError, naming
 from bundlefmt.file import BundleFile
 from bundlefmt.flash import profiles
 from bundlefmt.flash.budget import Budget
@@ -296,9 +295,5 @@ def _paying_gap(file: BundleFile) -> int:
 def _eos(file: BundleFile) -> frozenset[int]:
     """The end-of-text tokens of generation_config.json, which knows more of them than config.json
     for models that were taught to chat."""
-    if "generation_config.json" not in file.blob_names:
-        return frozenset()
-    try:
-        return eos_of(json.loads(file.blob("generation_config.json")), "generation_config.json")
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise FormatError(f"not understood: {error}", field="generation_config.json") from None
+    name = "generation_config.json"
+    return eos_of(file.document(name), name)

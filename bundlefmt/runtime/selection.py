@@ -5,6 +5,7 @@ The selector is the part that the activation is applied to: `gate`, or `up` with
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -35,7 +36,7 @@ class Selecting:
             raise UsageError(
                 "unknown mode", field="mode", expected=", ".join(MODES), found=self.mode
             )
-        if not 0 < self.share <= 1:
+        if not isinstance(self.share, numbers.Real) or not 0 < self.share <= 1:
             raise UsageError(
                 "out of range", field="share", expected="above 0, at most 1", found=self.share
             )

@@ -14,11 +14,11 @@ import time
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
-from bundlefmt.errors import UsageError, naming
+from bundlefmt.errors import integer, naming
 from bundlefmt.kernels import FEW_TOKENS
 from bundlefmt.runtime.attention import LayerCache
 from bundlefmt.runtime.decoder import Decoder
-from bundlefmt.runtime.sampling import check_count, likeliest
+from bundlefmt.runtime.sampling import likeliest
 
 DRAFT_TOKENS = 4  # as in "LLM in a flash" (lambda)
 
@@ -78,15 +78,11 @@ class Draft:
         tokens: int,
         stats: DraftStats,
     ) -> None:
-        tokens = check_count("draft_tokens", tokens)
-        if not 1 <= tokens < FEW_TOKENS:  # with the token before them, they go through the cache
-            raise UsageError(
-                "out of range", field="draft_tokens", expected=f"1..{FEW_TOKENS - 1}", found=tokens
-            )
         self._decoder = decoder
         self._path = path
         self._seen = seen
-        self._tokens = tokens
+        # With the token before them, they go through the cache.
+        self._tokens = integer(tokens, "draft_tokens", 1, FEW_TOKENS - 1)
         self._stats = stats
 
     def read(self, text: Sequence[int]) -> None:

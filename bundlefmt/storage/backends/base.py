@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from bundlefmt.errors import BundleError, ReadError, UsageError
+from bundlefmt.errors import BundleError, ReadError, UsageError, integer
 
 DEFAULT_THREADS = 32  # the paper's number of reading threads
 DEFAULT_QUEUE_DEPTH = 128
@@ -151,11 +151,8 @@ class Backend:
         queue_depth: int,
         memory: NDArray[np.uint8] | None = None,
     ) -> None:
-        for field, number in (("threads", threads), ("queue_depth", queue_depth)):
-            if number < 1:
-                raise UsageError(
-                    "nothing to read with", field=field, expected="1 or more", found=number
-                )
+        threads = integer(threads, "threads", 1)
+        queue_depth = integer(queue_depth, "queue_depth", 1)
         self.path = os.fspath(path)
         self.in_flight = queue_depth if self.queued else threads
         self._memory = memory
