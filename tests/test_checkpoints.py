@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 import bundlefmt
-from bundlefmt.checkpoints.families import FAMILIES, activation_of, find_ffns
+from bundlefmt.checkpoints.families import FAMILIES, Family, activation_of
+from bundlefmt.checkpoints.ffns import find_ffns
 from bundlefmt.checkpoints.sources import open_checkpoint
 from bundlefmt.errors import BundleError, FormatError, UsageError
 from bundlefmt.file import BundleFile
@@ -98,6 +99,10 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def weights_of(case: str) -> dict[str, Array]:
     return load_file(FIXTURES / case / "model.safetensors")
+
+
+def family_of(name: str) -> Family:
+    return next(family for family in FAMILIES if family.name == name)
 
 
 def matrices(file: BundleFile, group: Group) -> dict[str, Array]:
@@ -305,21 +310,30 @@ def test_a_prefix_more_or_less_changes_nothing(
 @pytest.mark.parametrize(
     ("config", "activation", "threshold"),
     [
-        ({}, "silu", None),
+        ({}, "unknown", None),
+        ({"model_type": "llama"}, "silu", None),
+        ({"model_type": "strange"}, "unknown", None),
         ({"hidden_act": "swish"}, "silu", None),
-        ({"hidden_act": "relu"}, "relu", None),
-        ({"hidden_activation": "gelu_pytorch_tanh"}, "gelu_tanh", None),
+        ({"model_type": "llama", "hidden_act": "relu"}, "relu", None),
+        ({"hidden_act": "gelu_pytorch_tanh"}, "gelu_tanh", None),
+        ({"model_type": "llama", "hidden_activation": "relu"}, "silu", None),
         ({"hidden_act": "fatrelu", "hidden_act_param": 0.01}, "fatrelu", 0.01),
         ({"hidden_act": "silu", "hidden_act_param": 0.01}, "silu", None),
-        ({"hidden_act": "mish"}, "mish", None),
+        ({"hidden_act": "relu", "text_config": {"model_type": "llama"}}, "silu", None),
+        ({"hidden_act": "relu", "text_config": {"hidden_act": "gelu"}}, "gelu", None),
     ],
 )
 def test_the_config_names_the_activation(
     config: Mapping[str, Any], activation: str, threshold: float | None
 ) -> None:
-    family = next(family for family in FAMILIES if family.name == "llama")
-    found = activation_of(family, config)
+    found = activation_of(family_of("llama"), config)
     assert (found.name, found.threshold) == (activation, threshold)
+
+
+@pytest.mark.parametrize("value", ["mish", "quick_gelu", "", None, 1, ["relu"], {"name": "relu"}])
+def test_an_activation_that_the_format_does_not_know_is_refused(value: Any) -> None:
+    with pytest.raises(FormatError, match="hidden_act: activation not known"):
+        activation_of(family_of("llama"), {"model_type": "llama", "hidden_act": value})
 
 
 def test_a_fatrelu_model_keeps_its_threshold(tmp_path: Path) -> None:
