@@ -8,7 +8,7 @@ classes compute: each reads one key of config.json, and has one default where it
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from bundlefmt.checkpoints.sources import SourceTensor
@@ -52,6 +52,7 @@ class Family:
     head: str | None = "lm_head"
     tied: bool = False
     tie_key: str = "tie_word_embeddings"
+    aliases: Mapping[str, str] = field(default_factory=dict)  # activations that mean another here
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,14 @@ FAMILIES = (
     ),
     Family("llama", ("llama", "mistral", "qwen2", "qwen3"), (_LLAMA_MLP,), "silu"),
     Family("sparsellama", ("sparsellama",), (_LLAMA_MLP,), None),  # ProSparse's
-    Family("gemma", ("gemma",), (_LLAMA_MLP,), "gelu_tanh", tied=True),
+    Family(
+        "gemma",
+        ("gemma",),
+        (_LLAMA_MLP,),
+        "gelu_tanh",
+        tied=True,
+        aliases={"gelu": "gelu_tanh"},  # which is what its oldest configs mean
+    ),
     Family(
         "gemma2",
         ("gemma2", "gemma3_text"),
@@ -228,7 +236,8 @@ UNKNOWN = "unknown"  # the activation of a checkpoint that does not say
 def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """What config.json says of the language model: of a composite model, its `text_config`."""
     inner = config.get("text_config")
-    if inner is None:
+    outer = config.get("model_type")
+    if inner is None or any(outer in family.model_types for family in FAMILIES):
         return config
     if not isinstance(inner, dict):
         raise FormatError(
@@ -255,7 +264,7 @@ def activation_of(family: Family, config: Mapping[str, Any]) -> Activation:
         known = model_type_of(config) in family.model_types
         return Activation(family.activation if known and family.activation else UNKNOWN)
     found = language[key]
-    name = _ACTIVATIONS.get(found) if isinstance(found, str) else None
+    name = _ACTIVATIONS.get(family.aliases.get(found, found)) if isinstance(found, str) else None
     if name is None:
         raise FormatError(
             "activation not known to the format",

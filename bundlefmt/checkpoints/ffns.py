@@ -34,6 +34,7 @@ _QUANTISED = ("quantization_config", "compression_config", "quantization")
 
 # Beginnings of names of what stands beside a language model, with layers of its own.
 _OTHER_STACKS = ("mtp", "nextn", "vision", "visual", "audio", "image", "multi_modal")
+_MOST_STACKS = 64
 _LIKE_FFN = re.compile(
     r"expert|mlp|ffn|feed_?forward|moe|router|sub_?norm|intermediate|(?:^|\.)(?:fc\d|c_fc)", re.I
 )
@@ -69,7 +70,7 @@ def find_ffns(
     model_type = model_type_of(config)
     chosen = _named(family) if family is not None else _family_of(model_type)
     if chosen is not None:
-        ffns = _ffns_of(chosen, tensors, config)
+        ffns = _ffns_of(chosen, tensors, by_template(tensors), config)
         if not ffns:
             raise _none_found([chosen], tensors, model_type)
         return chosen, ffns
@@ -136,9 +137,10 @@ def _unknown_type(
     """The error for a model_type that no family has, naming the nearest one."""
     what = "no family has this model_type, and none is near it; --family NAME says which to take"
     near = ""
+    templates = by_template(tensors)
     for family in FAMILIES:
         try:
-            if _ffns_of(family, tensors, config):
+            if _ffns_of(family, tensors, templates, config):
                 what = (
                     f"no family has this model_type; the nearest is {family.name}: --family "
                     f"{family.name} (family={family.name!r}) packs it, if its FFNs compute the same"
@@ -159,9 +161,10 @@ def _by_names(
 ) -> tuple[Family, list[Ffn]]:
     fits: list[tuple[Family, list[Ffn]]] = []
     errors: list[FormatError] = []
+    templates = by_template(tensors)
     for family in FAMILIES:
         try:
-            if ffns := _ffns_of(family, tensors, config):
+            if ffns := _ffns_of(family, tensors, templates, config):
                 fits.append((family, ffns))
         except FormatError as error:
             errors.append(error)
@@ -213,10 +216,12 @@ def _count(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
 
 
 def _ffns_of(
-    family: Family, tensors: Mapping[str, SourceTensor], config: Mapping[str, Any]
+    family: Family,
+    tensors: Mapping[str, SourceTensor],
+    templates: Mapping[str, list[str]],
+    config: Mapping[str, Any],
 ) -> list[Ffn]:
     """The family's FFNs among the tensors, by layer and expert; [] when there are none."""
-    templates = by_template(tensors)
     layers = layers_of(config)
     stacks = _stacks(family, templates, tensors)
     prefix = _stack_of(stacks, layers)
@@ -265,6 +270,8 @@ def _stacks(
                     prefix = before.format(*found[:-depth])
                     key = (found[-depth], found[-1] if depth > 1 else None)
                     if prefix not in stacks:
+                        if len(stacks) == _MOST_STACKS:
+                            raise FormatError("layers under too many prefixes", field=name)
                         stacks[prefix] = [{n: {} for n in rule.parts} for rule in family.rules]
                     stacks[prefix][r][part][key] = tensors[name]
     return stacks

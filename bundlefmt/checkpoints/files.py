@@ -120,7 +120,7 @@ class Folder:
             raise _cannot_open(path, error) from error
         if not any(real.is_relative_to(root) for root in self._roots):
             raise UsageError(
-                "a link that leads out of the checkpoint's folder: copy the file there",
+                "leads out of the checkpoint's folder: copy the file there",
                 file=path,
                 found=real,
             )

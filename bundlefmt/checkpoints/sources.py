@@ -52,7 +52,7 @@ COMPANIONS = (
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 MAX_COMPANION = 256 << 20
-_MAX_CONFIG = 32 << 20  # it is parsed: a list of nothing takes 20 times its text in memory
+_MAX_CONFIG = 24 << 20  # it is parsed: a list of nothing takes 20 times its text in memory
 _MAX_INDEX = 32 << 20
 _MAX_HEADER = 100 << 20  # safetensors' own limit
 _LFS = b"version https://git-lfs.github.com/spec/"
@@ -163,7 +163,8 @@ def _open(given: Path, folder: Folder) -> Checkpoint:
         for name in COMPANIONS
         if folder.has(name)
     }
-    weights, index = _weights_of(given, folder, notes)
+    config = _json(folder.path / CONFIG, companions[CONFIG]) if CONFIG in companions else {}
+    weights, index = _weights_of(given, folder, config.get("transformers_weights"), notes)
     files = tuple(_read(file) for file in weights)
     tensors: dict[str, SourceTensor] = {}
     for file in files:
@@ -185,7 +186,6 @@ def _open(given: Path, folder: Folder) -> Checkpoint:
         notes.append(f"left out, an adapter beside the model: {', '.join(adapters)}")
     if tensors and all(".lora_" in name for name in tensors):
         raise UsageError(f"these are {foreign.ADAPTER}", file=given)
-    config = _json(folder.path / CONFIG, companions[CONFIG]) if CONFIG in companions else {}
     return Checkpoint(given, folder, files, tensors, companions, config, unfound, tuple(notes))
 
 
@@ -300,13 +300,17 @@ class _Index:
         return json.dumps(json.loads(self.content) | {"weight_map": flat}, indent=2).encode()
 
 
-def _weights_of(given: Path, folder: Folder, notes: list[str]) -> tuple[list[File], _Index | None]:
-    """The weights files that `given` stands for, at least one, and the index that names them."""
-    if folder.path != given:
-        file = folder.adopt(File(given))
-        if given.suffix != ".json":
-            return [file], None
-        return _shards_of(file, folder, notes)
+def _weights_of(
+    given: Path, folder: Folder, said: object, notes: list[str]
+) -> tuple[list[File], _Index | None]:
+    """The weights files that `given` stands for, at least one, and the index that names them;
+    `said` is the name of either, where config.json says it."""
+    named = folder.adopt(File(given)) if folder.path != given else None
+    if named is None and isinstance(said, str):
+        named = folder.open(said)
+    if named is not None:
+        is_index = named.path.suffix == ".json"
+        return _shards_of(named, folder, notes) if is_index else ([named], None)
     if folder.has(SINGLE):
         if folder.has(INDEX):
             notes.append(f"{SINGLE} was taken; left out: {INDEX} and its shards")

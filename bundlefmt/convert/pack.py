@@ -110,7 +110,7 @@ def pack(
             runs = why_not is None
         unused = job.unused(told if runs else None)
         refuse_existing(target, force=force or dry_run)
-        _refuse_sources(target, checkpoint)
+        _refuse_target(target, checkpoint)
         if not dry_run:
             require_free_space(target.parent, job.most_bytes())
             with naming(target), replacing(target, force=force) as file:
@@ -204,8 +204,11 @@ def _notes(checkpoint: Checkpoint, activation: Activation, head: str | None) -> 
         yield f"the index lists {len(checkpoint.unfound)} tensors that no shard has, as {first}"
 
 
-def _refuse_sources(target: Path, checkpoint: Checkpoint) -> None:
-    """Raise UsageError when `target` is one of the checkpoint's own files."""
+def _refuse_target(target: Path, checkpoint: Checkpoint) -> None:
+    """Raise UsageError when `target` is a device, a pipe or a socket, or one of the checkpoint's
+    own files."""
+    if target.exists() and not target.is_file():
+        raise UsageError("not a regular file: it is not replaced", file=target)
     for file in checkpoint.folder.files:
         if target.exists() and file.path.exists() and target.samefile(file.path):
             raise UsageError("this is the checkpoint itself", file=target)
