@@ -16,7 +16,6 @@ TYPE_CHECKING = False  # as in typing, which takes longer to import than all of 
 if TYPE_CHECKING:
     from typing import Any
 
-    from bundlefmt.convert.pack import pack as pack
     from bundlefmt.convert.unpack import unpack as unpack
     from bundlefmt.convert.update import append as append
     from bundlefmt.convert.verify import verify as verify
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from bundlefmt.measurement import bench as bench
     from bundlefmt.measurement.calibration import calibrate as calibrate
     from bundlefmt.ordering import reorder as reorder
+    from bundlefmt.packing import pack as pack
     from bundlefmt.planning import plan as plan
     from bundlefmt.prediction import trace as trace
     from bundlefmt.prediction import train_predictors as train_predictors
@@ -56,7 +56,7 @@ _HOMES = {
     "evaluate": "runtime.evaluate",
     "inspect": "inspection",
     "load_model": "runtime.generate",
-    "pack": "convert.pack",
+    "pack": "packing",
     "plan": "planning",
     "reorder": "ordering",
     "run": "runtime.run",

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 import bundlefmt
-from bundlefmt.checkpoints.families import FAMILIES, activation_of, find_ffns
+from bundlefmt.checkpoints.families import FAMILIES, Family, activation_of
+from bundlefmt.checkpoints.ffns import find_ffns
 from bundlefmt.checkpoints.sources import open_checkpoint
 from bundlefmt.errors import BundleError, FormatError, UsageError
 from bundlefmt.file import BundleFile
@@ -98,6 +99,10 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def weights_of(case: str) -> dict[str, Array]:
     return load_file(FIXTURES / case / "model.safetensors")
+
+
+def family_of(name: str) -> Family:
+    return next(family for family in FAMILIES if family.name == name)
 
 
 def matrices(file: BundleFile, group: Group) -> dict[str, Array]:
@@ -305,21 +310,89 @@ def test_a_prefix_more_or_less_changes_nothing(
 @pytest.mark.parametrize(
     ("config", "activation", "threshold"),
     [
-        ({}, "silu", None),
+        ({}, "unknown", None),
+        ({"model_type": "llama"}, "silu", None),
+        ({"model_type": "strange"}, "unknown", None),
         ({"hidden_act": "swish"}, "silu", None),
-        ({"hidden_act": "relu"}, "relu", None),
-        ({"hidden_activation": "gelu_pytorch_tanh"}, "gelu_tanh", None),
+        ({"model_type": "llama", "hidden_act": "relu"}, "relu", None),
+        ({"hidden_act": "gelu_pytorch_tanh"}, "gelu_tanh", None),
+        ({"model_type": "llama", "hidden_activation": "relu"}, "silu", None),
         ({"hidden_act": "fatrelu", "hidden_act_param": 0.01}, "fatrelu", 0.01),
         ({"hidden_act": "silu", "hidden_act_param": 0.01}, "silu", None),
-        ({"hidden_act": "mish"}, "mish", None),
+        ({"hidden_act": "relu", "text_config": {"model_type": "llama"}}, "silu", None),
+        ({"hidden_act": "relu", "text_config": {"hidden_act": "gelu"}}, "gelu", None),
     ],
 )
 def test_the_config_names_the_activation(
     config: Mapping[str, Any], activation: str, threshold: float | None
 ) -> None:
-    family = next(family for family in FAMILIES if family.name == "llama")
-    found = activation_of(family, config)
+    found = activation_of(family_of("llama"), config)
     assert (found.name, found.threshold) == (activation, threshold)
+
+
+@pytest.mark.parametrize("value", ["mish", "quick_gelu", "", None, 1, ["relu"], {"name": "relu"}])
+def test_an_activation_that_the_format_does_not_know_is_refused(value: Any) -> None:
+    with pytest.raises(FormatError, match="hidden_act: activation not known"):
+        activation_of(family_of("llama"), {"model_type": "llama", "hidden_act": value})
+
+
+# The activation that transformers' classes (5.24) compute, by what config.json says.
+COMPUTED = {
+    # model_type: (the key that its class reads, what it computes where that is absent)
+    "opt": ("activation_function", "relu"),
+    "llama": ("hidden_act", "silu"),
+    "mistral": ("hidden_act", "silu"),
+    "qwen2": ("hidden_act", "silu"),
+    "qwen3": ("hidden_act", "silu"),
+    "gemma": ("hidden_act", "gelu_tanh"),
+    "gemma2": ("hidden_activation", "gelu_tanh"),
+    "gemma3_text": ("hidden_activation", "gelu_tanh"),
+    "phi": ("hidden_act", "gelu_new"),
+    "phi3": ("hidden_act", "silu"),
+    "falcon": ("activation", "gelu"),
+    "gpt_neox": ("hidden_act", "gelu"),
+    "persimmon": ("hidden_act", "relu2"),
+    "gpt2": ("activation_function", "gelu_new"),
+    "bert": ("hidden_act", "gelu"),
+    "mixtral": ("hidden_act", "silu"),
+    "qwen3_moe": ("hidden_act", "silu"),
+    "qwen2_moe": ("hidden_act", "silu"),
+    "olmoe": ("hidden_act", "silu"),
+    "nemotron": ("hidden_act", "relu2"),
+    "openelm": ("activation_fn_name", "silu"),  # code of the Hub
+    "sparsellama": ("hidden_act", "unknown"),  # code of the Hub
+}
+KEYS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+
+
+def test_the_table_of_activations_covers_every_model_type() -> None:
+    assert set(COMPUTED) == {name for family in FAMILIES for name in family.model_types}
+
+
+@pytest.mark.parametrize("model_type", COMPUTED)
+def test_an_activation_is_what_the_models_class_computes(model_type: str) -> None:
+    key, default = COMPUTED[model_type]
+    family = next(family for family in FAMILIES if model_type in family.model_types)
+    named = {"model_type": model_type}
+    assert activation_of(family, named).name == default
+    assert activation_of(family, {**named, key: "relu"}).name == "relu"
+    tanh = model_type == "gemma"  # whose class takes gelu for its oldest configs' word for it
+    assert activation_of(family, {**named, key: "gelu"}).name == ("gelu_tanh" if tanh else "gelu")
+    for other in KEYS:
+        if other != key:
+            assert activation_of(family, {**named, other: "relu"}).name == default
+    with pytest.raises(FormatError, match=f"config.json, {key}"):
+        activation_of(family, {**named, key: None})
+
+
+def test_the_activation_of_transformers_own_classes_is_recorded() -> None:
+    transformers = pytest.importorskip("transformers")
+    for model_type, (key, default) in COMPUTED.items():
+        if model_type in ("openelm", "sparsellama"):
+            continue
+        family = next(family for family in FAMILIES if model_type in family.model_types)
+        theirs = getattr(transformers.CONFIG_MAPPING[model_type](), key)
+        assert activation_of(family, {key: theirs}).name == default, model_type
 
 
 def test_a_fatrelu_model_keeps_its_threshold(tmp_path: Path) -> None:
@@ -746,6 +819,276 @@ def test_control_characters_in_tensor_names_are_escaped_in_messages(tmp_path: Pa
         bundlefmt.pack(tmp_path, tmp_path / "x.bundle")
     assert str(caught.value).isprintable()
     assert r"\x1b[2J\nlayers.0" in str(caught.value)
+
+
+# Models that no family knows, or that hold more than it knows
+
+UNKNOWN_TYPES = {
+    # model_type: fixture that it looks like, the nearest family
+    "deepseek_v3": ("qwen3_moe", "qwen3_moe"),
+    "glm4_moe": ("qwen3_moe", "qwen3_moe"),
+    "bitnet": ("llama", "llama"),
+    "bloom": ("falcon", "falcon"),
+    "strange": ("llama", "llama"),
+    "Llama": ("llama", "llama"),
+}
+
+
+@pytest.mark.parametrize("model_type", UNKNOWN_TYPES)
+def test_a_model_type_of_no_family_is_not_guessed(model_type: str, tmp_path: Path) -> None:
+    case, nearest = UNKNOWN_TYPES[model_type]
+    copy_of(case, tmp_path, model_type=model_type)
+    with pytest.raises(UsageError) as caught:
+        bundlefmt.pack(tmp_path, tmp_path / "x.bundle", dry_run=True)
+    message = str(caught.value)
+    assert f"--family {nearest}" in message
+    assert f"found {model_type}" in message
+    assert "\n" not in message
+
+
+def test_a_family_that_is_named_is_taken(tmp_path: Path, bundles: dict[str, Path]) -> None:
+    copy_of("llama", tmp_path, model_type="strange")
+    report = bundlefmt.pack(tmp_path, tmp_path / "x.bundle", family="llama")
+    assert (report.family, report.activation) == ("llama", "silu")  # as config.json says
+    with (
+        bundlefmt.open(tmp_path / "x.bundle") as file,
+        bundlefmt.open(bundles["llama"]) as expected,
+    ):
+        assert_same_bundles(file, expected)
+
+
+def test_no_activation_is_recorded_that_was_not_read_or_known(tmp_path: Path) -> None:
+    """BLOOM looks like Falcon, and its tanh stands in no config."""
+    copy_of("falcon", tmp_path, model_type="bloom")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["activation"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = bundlefmt.pack(tmp_path, tmp_path / "x.bundle", family="falcon")
+    assert report.activation == "unknown"
+    assert any("activation" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("family", ["nonsense", "", "deepseek_v3"])
+def test_a_family_that_is_not_there_is_the_callers_fault(family: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"family: unknown family: expected opt, llama"):
+        bundlefmt.pack(FIXTURES / "llama", tmp_path / "x.bundle", family=family)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neo", "gpt_bigcode", "gpt2", None])
+def test_linear_weights_under_the_names_of_gpt2_are_refused(
+    model_type: str | None, tmp_path: Path
+) -> None:
+    """They are [out, in], where GPT-2's Conv1D has [in, out]."""
+    turned = {
+        name: np.ascontiguousarray(array.T) if ".mlp.c_" in name else array
+        for name, array in weights_of("gpt2").items()
+    }
+    save_file(turned, tmp_path / "model.safetensors")
+    config = json.loads((FIXTURES / "gpt2" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+    with pytest.raises(BundleError, match=r"c_fc\.bias.*nn\.Linear") as caught:
+        bundlefmt.pack(tmp_path, tmp_path / "x.bundle", dry_run=True)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("without", ["biases", "config"])
+def test_names_alone_do_not_tell_which_way_a_square_matrix_lies(
+    without: str, tmp_path: Path
+) -> None:
+    square = np.ones((8, 8), np.float32)
+    tensors = {f"h.0.mlp.{name}.weight": square for name in ("c_fc", "c_proj")}
+    if without == "config":
+        tensors |= {f"h.0.mlp.{name}.bias": square[0] for name in ("c_fc", "c_proj")}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UsageError, match="--family NAME"):
+        bundlefmt.pack(tmp_path, tmp_path / "x.bundle")
+    assert bundlefmt.pack(tmp_path, tmp_path / "x.bundle", family="gpt2").neurons == 8
+
+
+UNCOVERED = [
+    # fixture, a tensor more in a layer
+    ("llama", "model.layers.1.mlp.ffn_sub_norm.weight"),
+    ("llama", "model.layers.1.mlp.experts.0.gate_proj.weight"),
+    ("llama", "model.layers.1.block_sparse_moe.experts.0.w1.weight"),
+    ("llama", "model.layers.1.mlp.gate_proj.weight_scale"),
+    ("llama", "model.layers.1.mlp.gate.weight"),
+    ("llama", "model.layers.1.feed_forward.w1.weight"),
+    ("opt", "model.decoder.layers.1.fc1.weight_scale"),
+    ("opt", "model.decoder.layers.1.fc3.weight"),
+    ("bert", "encoder.layer.1.output.dense.scale"),
+    ("mixtral", "model.layers.1.block_sparse_moe.shared_expert.up_proj.weight"),
+    ("gpt2", "transformer.h.1.mlp.c_gate.weight"),
+]
+
+
+@pytest.mark.parametrize(("case", "name"), UNCOVERED)
+def test_a_tensor_of_an_ffn_that_the_family_has_no_rule_for_is_refused(
+    case: str, name: str, tmp_path: Path
+) -> None:
+    copy_of(case, tmp_path)
+    more = {name: np.ones(4, np.float32)}
+    save_file(weights_of(case) | more, tmp_path / "model.safetensors")
+    with pytest.raises(FormatError, match="no rule for") as caught:
+        bundlefmt.pack(tmp_path, tmp_path / "x.bundle", dry_run=True)
+    assert name in str(caught.value)
+
+
+BESIDE = [
+    # fixture, the names of an FFN more
+    ("llama", "model.layers.2.mlp.{}_proj.weight"),  # for multi-token prediction
+    ("llama", "mtp.layers.0.mlp.{}_proj.weight"),
+    ("llama", "model.mtp.layers.0.mlp.{}_proj.weight"),
+    ("llama", "visual.layers.0.mlp.{}_proj.weight"),
+    ("llama", "draft.layers.0.mlp.{}_proj.weight"),  # one layer, where the model has two
+]
+
+
+@pytest.mark.parametrize(("case", "name"), BESIDE)
+def test_layers_beside_the_models_have_no_groups(
+    case: str, name: str, tmp_path: Path, bundles: dict[str, Path]
+) -> None:
+    copy_of(case, tmp_path)
+    weights = weights_of(case)
+    more = {name.format(part): weights[f"model.layers.0.mlp.{part}_proj.weight"] for part in GATED}
+    save_file(weights | more, tmp_path / "model.safetensors")
+    bundlefmt.pack(tmp_path, tmp_path / "x.bundle")
+    with bundlefmt.open(tmp_path / "x.bundle") as file, bundlefmt.open(bundles[case]) as expected:
+        assert_same_bundles(file, expected)
+        assert more.keys() <= set(file.tensor_names)
+    assert bundlefmt.unpack(tmp_path / "x.bundle", tmp_path / "out").identical
+
+
+def test_two_stacks_of_layers_that_might_both_be_the_models_are_refused(tmp_path: Path) -> None:
+    copy_of("llama", tmp_path)
+    weights = weights_of("llama")
+    save_file(
+        weights | {f"other.{n}": a for n, a in weights.items()}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(FormatError, match="two tensors for one part"):
+        bundlefmt.pack(tmp_path, tmp_path / "x.bundle")
+
+
+def composite(folder: Path, **outer: Any) -> None:
+    """A `gemma3`-like checkpoint: the language model's config is one of several."""
+    tower = "vision_tower.encoder.layers.0.mlp"
+    zeros = np.zeros((8, 4), np.float32)
+    weights = {f"language_model.{name}": a for name, a in weights_of("gemma").items()}
+    weights |= {f"{tower}.fc1.weight": zeros, f"{tower}.fc2.weight": zeros.T.copy()}
+    save_file(weights, folder / "model.safetensors")
+    inner = json.loads((FIXTURES / "gemma" / "config.json").read_text())
+    inner |= {"model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh"}
+    del inner["hidden_act"]
+    config = {"model_type": "gemma3", "text_config": inner, "vision_config": {"hidden_act": "relu"}}
+    (folder / "config.json").write_text(json.dumps(config | outer))
+
+
+@pytest.mark.parametrize("outer", [{}, {"hidden_act": "silu"}, {"hidden_activation": "relu"}])
+def test_the_text_config_of_a_composite_model_counts(outer: dict[str, str], tmp_path: Path) -> None:
+    composite(tmp_path, **outer)
+    report = bundlefmt.pack(tmp_path, tmp_path / "x.bundle")
+    assert (report.activation, report.layers, report.neurons) == ("gelu_tanh", 2, 144)
+    assert not report.runs
+    assert all(name.startswith("vision_tower.") for name in report.unused)
+    assert len(report.unused) == 2
+
+
+@pytest.mark.parametrize("text", [{"model_type": "mllama_text_model"}, {"model_type": 7}, [1], "x"])
+def test_a_text_config_that_no_family_knows_is_refused(text: Any, tmp_path: Path) -> None:
+    composite(tmp_path, text_config=text)
+    with pytest.raises(BundleError, match=r"config\.json"):
+        bundlefmt.pack(tmp_path, tmp_path / "x.bundle")
+
+
+def test_shared_experts_stay_resident_and_the_report_says_so(tmp_path: Path) -> None:
+    copy_of("qwen3_moe", tmp_path, model_type="qwen2_moe")
+    name = "model.layers.{}.mlp.shared_expert.up_proj.weight"
+    more = {name.format(i): np.ones((8, 32), np.float32) for i in range(2)}
+    save_file(weights_of("qwen3_moe") | more, tmp_path / "model.safetensors")
+    report = bundlefmt.pack(tmp_path, tmp_path / "x.bundle")
+    assert report.groups == 6
+    assert report.notes == ["shared experts stay resident: 2 tensors"]
+
+
+INCOMPLETE = [
+    # fixture, config keys, tensors left out, what is said
+    ("llama", {"num_hidden_layers": 3}, "-", "no FFN in layer 2"),
+    ("llama", {}, "layers.1.mlp", "no FFN in layer 1"),
+    ("llama", {}, "layers.0.mlp", "no FFN in layer 0"),
+    ("gpt2", {"n_layer": 3}, "-", "no FFN in layer 2"),
+    ("mixtral", {"num_local_experts": 4}, "-", "experts missing in layer 0"),
+    ("mixtral", {}, "layers.1.block_sparse_moe.experts.2", "experts missing in layer 1"),
+    ("qwen3_moe", {}, "layers.1.mlp.experts.0", "experts missing in layer 1"),
+    ("opt", {}, "layers.1.fc1.bias", "a bias in some FFNs and not in others"),
+    ("llama3-rope", {}, "layers.1.mlp.down_proj.bias", "a bias in some FFNs and not in others"),
+    ("llama", {"num_hidden_layers": "2"}, "-", "not a count"),
+    ("llama", {"num_hidden_layers": True}, "-", "not a count"),
+    ("llama", {"num_hidden_layers": 10**400}, "-", "no FFN in layer 2"),
+    ("llama", {"quantization_config": {"quant_method": "bitnet"}}, "-", "quantised.*found bitnet"),
+    ("llama", {"quantization": {"bits": 4}}, "-", "quantised checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("case", "config", "left_out", "said"), INCOMPLETE)
+def test_a_checkpoint_that_is_not_whole_is_refused(
+    case: str, config: dict[str, Any], left_out: str, said: str, tmp_path: Path
+) -> None:
+    copy_of(case, tmp_path, **config)
+    kept = {name: array for name, array in weights_of(case).items() if left_out not in name}
+    save_file(kept, tmp_path / "model.safetensors")
+    with pytest.raises(FormatError, match=said):
+        bundlefmt.pack(tmp_path, tmp_path / "x.bundle", dry_run=True)
+
+
+# What a pack says of the model
+
+HEADS = [
+    # fixture, config keys, tensors left out, the head
+    ("llama", {}, "-", "lm_head.weight"),
+    ("llama", {}, "lm_head", "missing"),
+    ("llama", {"tie_word_embeddings": True}, "lm_head", "tied"),
+    ("llama", {"tie_word_embeddings": None}, "lm_head", "missing"),
+    ("opt", {}, "-", "tied"),
+    ("opt", {"tie_word_embeddings": False}, "-", "missing"),
+    ("falcon", {}, "-", "tied"),
+    ("gpt_neox", {}, "-", "embed_out.weight"),
+    ("gpt_neox", {}, "embed_out", "missing"),
+    ("bert", {}, "-", None),
+]
+
+
+@pytest.mark.parametrize(("case", "config", "left_out", "head"), HEADS)
+def test_the_report_says_where_the_output_head_is(
+    case: str, config: dict[str, Any], left_out: str, head: str | None, tmp_path: Path
+) -> None:
+    copy_of(case, tmp_path, **config)
+    kept = {name: array for name, array in weights_of(case).items() if left_out not in name}
+    save_file(kept, tmp_path / "model.safetensors")
+    report = bundlefmt.pack(tmp_path, tmp_path / "x.bundle", dry_run=True)
+    assert report.head == head
+    assert any("no output head" in note for note in report.notes) is (head == "missing")
+
+
+@pytest.mark.parametrize("case", ["llama", "mixtral"])  # one that runs, one that does not
+def test_the_report_names_tensors_that_nobody_uses(case: str, tmp_path: Path) -> None:
+    copy_of(case, tmp_path)
+    more = [f"model.layers.0.self_attn.q_proj.lora_{side}.weight" for side in "AB"]
+    more += ["score.weight"]
+    ones = np.ones((4, 32), np.float32)
+    save_file(weights_of(case) | dict.fromkeys(more, ones), tmp_path / "model.safetensors")
+    report = bundlefmt.pack(tmp_path, tmp_path / "x.bundle", dry_run=True)
+    assert sorted(report.unused) == sorted(more)
+    assert report.unused_bytes == 3 * ones.nbytes
+    assert any("adapter" in note for note in report.notes)
+    assert report.runs is (case == "llama")
+    assert (report.why_not is None) is (case == "llama")
+    assert bundlefmt.pack(FIXTURES / case, tmp_path / "x.bundle", dry_run=True).unused == []
+
+
+def test_the_report_says_which_share_of_the_weights_became_units(tmp_path: Path) -> None:
+    report = bundlefmt.pack(FIXTURES / "llama", tmp_path / "x.bundle", dry_run=True)
+    weights = weights_of("llama")
+    used = sum(array.nbytes for name, array in weights.items() if ".mlp." in name)
+    assert report.unit_share == used / sum(array.nbytes for array in weights.values())
 
 
 # Odd but valid headers

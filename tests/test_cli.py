@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from bundlefmt.cli import COMMANDS, main
 from tests.conftest import DEMO, FIXTURES, ROOT, VECTORS
+from tools.alterations import edited
 
 BAD = VECTORS / "bad"
 REFUSALS: dict[str, dict[str, str]] = json.loads((BAD / "errors.json").read_text())
@@ -379,6 +380,7 @@ def test_a_damaged_bundle_ends_a_run_with_one_line(
 # Hostile names.
 
 ESCAPE = "\x1b[2Jgone\n\x7f\u202e"
+ACT = f"act{ESCAPE}"
 
 
 @pytest.fixture
@@ -389,12 +391,13 @@ def hostile_bundle(tmp_path: Path) -> Path:
     tensors = load_file(FIXTURES / "llama" / "model.safetensors")
     tensors[f"tensor{ESCAPE}"] = np.zeros(3, dtype=np.float32)
     save_file(tensors, folder / "model.safetensors")
-    config = json.loads((FIXTURES / "llama" / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": f"act{ESCAPE}"}))
+    shutil.copy(FIXTURES / "llama" / "config.json", folder)
     path = tmp_path / "evil\x1b[31m.bundle"
     done = bundlefmt("pack", folder, "-o", path)
     assert done.returncode == 0
     assert all(line.isprintable() for line in done.stdout.split("\n"))
+    acts = edited(lambda header: [group.update(activation=ACT) for group in header["groups"]])
+    path.write_bytes(acts(path.read_bytes()))
     return path
 
 
@@ -407,7 +410,7 @@ def test_inspect_escapes_control_characters(hostile_bundle: Path) -> None:
     assert all(line.isprintable() and line.isascii() for line in raw.split("\n"))
     found = json.loads(raw)
     assert f"tensor{ESCAPE}" in [tensor["name"] for tensor in found["tensors"]]
-    assert {group["activation"] for group in found["groups"]} == {f"act{ESCAPE}"}
+    assert {group["activation"] for group in found["groups"]} == {ACT}
 
 
 @pytest.mark.parametrize("command", [["verify"], ["run", *PROMPT], ["unpack", "-o", "{tmp}/x"]])

@@ -1,13 +1,13 @@
 """Families of models: which tensors of a checkpoint are FFN weights, and which neuron is where.
 
 A family is one entry of FAMILIES. Tensor names are matched by suffix, since prefixes such as
-`model.` come and go between checkpoints of one family.
+`model.` come and go between checkpoints of one family. Activations are those that transformers'
+classes compute: each reads one key of config.json, and has one default where it is absent.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,14 +36,22 @@ class FfnRule:
 
 @dataclass(frozen=True)
 class Family:
-    """A family: its name, the `model_type`s that use its names, its kinds of FFN, and the
-    activation where config.json does not say (by one of `activation_keys`)."""
+    """A family: its name, the `model_type`s that use its names and its activation, and its kinds of
+    FFN. `activation` is what its classes compute where config.json lacks `activation_key` (None:
+    not known). `beside` are the names, below a layer's, of what belongs to its FFNs and is no part
+    of a neuron: norms, routers, shared experts. `head` is the output head's name (None: it has
+    none), which is tied to the embeddings if config.json's `tie_key`, by default `tied`, says so.
+    """
 
     name: str
     model_types: tuple[str, ...]
     rules: tuple[FfnRule, ...]
-    activation: str
-    activation_keys: tuple[str, ...] = ("hidden_act", "hidden_activation", "activation_function")
+    activation: str | None
+    activation_key: str = "hidden_act"
+    beside: tuple[str, ...] = ()
+    head: str | None = "lm_head"
+    tied: bool = False
+    tie_key: str = "tie_word_embeddings"
     aliases: Mapping[str, str] = field(default_factory=dict)  # activations that mean another here
 
 
@@ -108,14 +116,32 @@ def _conv1d(up: str, down: str) -> FfnRule:  # Conv1D weights are [in, out]
 _LLAMA_MLP = _gated("layers.{i}.mlp", "gate_proj", "up_proj", "down_proj")
 
 FAMILIES = (
-    Family("opt", ("opt",), (_plain("decoder.layers.{i}.fc1", "decoder.layers.{i}.fc2"),), "relu"),
-    Family("llama", ("llama", "sparsellama", "mistral", "qwen2", "qwen3"), (_LLAMA_MLP,), "silu"),
+    Family(
+        "opt",
+        ("opt",),
+        (_plain("decoder.layers.{i}.fc1", "decoder.layers.{i}.fc2"),),
+        "relu",
+        "activation_function",
+        tied=True,
+    ),
+    Family("llama", ("llama", "mistral", "qwen2", "qwen3"), (_LLAMA_MLP,), "silu"),
+    Family("sparsellama", ("sparsellama",), (_LLAMA_MLP,), None),  # ProSparse's
     Family(
         "gemma",
-        ("gemma", "gemma2", "gemma3_text"),
+        ("gemma",),
         (_LLAMA_MLP,),
         "gelu_tanh",
-        aliases={"gelu": "gelu_tanh"},
+        tied=True,
+        aliases={"gelu": "gelu_tanh"},  # which is what its oldest configs mean
+    ),
+    Family(
+        "gemma2",
+        ("gemma2", "gemma3_text"),
+        (_LLAMA_MLP,),
+        "gelu_tanh",
+        "hidden_activation",
+        beside=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        tied=True,
     ),
     Family("phi", ("phi",), (_plain("layers.{i}.mlp.fc1", "layers.{i}.mlp.fc2"),), "gelu_new"),
     Family("phi3", ("phi3",), (_fused("layers.{i}.mlp", "gate_up_proj", "down_proj"),), "silu"),
@@ -124,13 +150,16 @@ FAMILIES = (
         ("falcon",),
         (_plain("h.{i}.mlp.dense_h_to_4h", "h.{i}.mlp.dense_4h_to_h"),),
         "gelu",
-        ("activation",),
+        "activation",
+        beside=("ln_mlp",),
+        tied=True,
     ),
     Family(
         "gpt_neox",
         ("gpt_neox",),
         (_plain("layers.{i}.mlp.dense_h_to_4h", "layers.{i}.mlp.dense_4h_to_h"),),
         "gelu",
+        head="embed_out",
     ),
     Family(
         "persimmon",
@@ -143,32 +172,38 @@ FAMILIES = (
         ("gpt2",),
         (_conv1d("h.{i}.mlp.c_fc", "h.{i}.mlp.c_proj"),),
         "gelu_new",
-        ("activation_function",),
+        "activation_function",
+        tied=True,
     ),
     Family(
         "bert",
         ("bert",),
         (_plain("encoder.layer.{i}.intermediate.dense", "encoder.layer.{i}.output.dense"),),
         "gelu",
+        head=None,
     ),
     Family(
         "openelm",
         ("openelm",),
         (_fused("layers.{i}.ffn", "proj_1", "proj_2"),),
         "silu",
-        ("activation_fn_name",),
+        "activation_fn_name",
+        beside=("ffn_norm",),
+        tie_key="share_input_output_layers",
     ),
     Family(
         "mixtral",
         ("mixtral",),
         (_gated("layers.{i}.block_sparse_moe.experts.{e}", "w1", "w3", "w2"),),
         "silu",
+        beside=("block_sparse_moe.gate",),
     ),
     Family(
         "qwen3_moe",
         ("qwen3_moe", "qwen2_moe", "olmoe"),
         (_gated("layers.{i}.mlp.experts.{e}", "gate_proj", "up_proj", "down_proj"), _LLAMA_MLP),
         "silu",
+        beside=("mlp.gate", "mlp.shared_expert", "mlp.shared_expert_gate", "mlp.shared_experts"),
     ),
     Family(
         "nemotron",
@@ -178,138 +213,88 @@ FAMILIES = (
     ),
 )
 
-# Hugging Face's names for activations -> ours (spec, section 4).
+# Hugging Face's names for activations -> ours (spec, section 4); others are refused.
 _ACTIVATIONS = {
-    "swish": "silu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
     "squared_relu": "relu2",
+    "fatrelu": "fatrelu",
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_new",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_tanh": "gelu_tanh",
 }
+UNKNOWN = "unknown"  # the activation of a checkpoint that does not say
 
 
-def find_ffns(
-    tensors: Mapping[str, SourceTensor], config: Mapping[str, Any]
-) -> tuple[Family, list[Ffn]]:
-    """The family of a checkpoint and its FFNs, by layer and expert.
-
-    The config's `model_type` decides where it names a known family, else the tensors' names do.
-    Raises FormatError when no family fits (naming tensors that were seen), or when an FFN is
-    incomplete or its shapes disagree.
-    """
-    model_type = config.get("model_type")
-    named = [family for family in FAMILIES if model_type in family.model_types]
-    for family in named or FAMILIES:
-        ffns = _ffns_of(family, tensors, strict=bool(named))
-        if ffns:
-            return family, ffns
-    seen = ", ".join(list(tensors)[:6]) or "none"
-    raise FormatError(
-        "no FFN tensors of a known family",
-        field=f"model_type {model_type}" if model_type else "tensors",
-        expected=", ".join(family.name for family in named or FAMILIES),
-        found=seen,
-    )
+def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json says of the language model: of a composite model, its `text_config`."""
+    inner = config.get("text_config")
+    outer = config.get("model_type")
+    if inner is None or any(outer in family.model_types for family in FAMILIES):
+        return config
+    if not isinstance(inner, dict):
+        raise FormatError(
+            "not a JSON object", field="config.json, text_config", found=repr(inner)[:80]
+        )
+    return inner
 
 
-def activation_of(family: Family, config: Mapping[str, Any]) -> Activation:
-    """The activation of a model's FFNs."""
-    found = next((config[key] for key in family.activation_keys if config.get(key)), None)
-    name = family.activation if found is None else str(found)
-    name = family.aliases.get(name, name)
-    threshold = config.get("hidden_act_param") if name == "fatrelu" else None
-    if threshold is not None and not isinstance(threshold, int | float):
-        field = "config.json, hidden_act_param"
-        raise FormatError("not a number", field=field, found=repr(threshold))
-    return Activation(_ACTIVATIONS.get(name, name), threshold)
-
-
-def _ffns_of(family: Family, tensors: Mapping[str, SourceTensor], *, strict: bool) -> list[Ffn]:
-    """The family's FFNs among the tensors; [] when there are none, or, unless `strict`, when a
-    part is missing."""
-    ffns: dict[tuple[int, int | None], Ffn] = {}
-    for rule in family.rules:
-        found = {name: _matches(part.suffix, tensors) for name, part in rule.parts.items()}
-        keys = sorted({key for matches in found.values() for key in matches}, key=_sort_key)
-        for layer, expert in keys:
-            missing = [name for name, matches in found.items() if (layer, expert) not in matches]
-            if missing:
-                if not strict:
-                    return []
-                suffix = rule.parts[missing[0]].suffix.format(i=layer, e=expert)
-                raise FormatError("missing FFN tensor", field=suffix, found="no such tensor")
-            parts = {name: matches[layer, expert] for name, matches in found.items()}
-            ffns[layer, expert] = _assemble(layer, expert, rule.parts, parts, tensors)
-    return [ffns[key] for key in sorted(ffns, key=_sort_key)]
-
-
-def _sort_key(key: tuple[int, int | None]) -> tuple[int, int]:
-    layer, expert = key
-    return layer, -1 if expert is None else expert
-
-
-def _matches(
-    suffix: str, tensors: Mapping[str, SourceTensor]
-) -> dict[tuple[int, int | None], SourceTensor]:
-    """(layer, expert) -> tensor, for the names that end with `suffix`."""
-    escaped = re.escape(suffix)
-    for index in ("i", "e"):
-        escaped = escaped.replace(re.escape(f"{{{index}}}"), rf"(?P<{index}>\d+)")
-    pattern = re.compile(rf"(?:.*\.)?{escaped}")
-    found: dict[tuple[int, int | None], SourceTensor] = {}
-    for name, tensor in tensors.items():
-        if match := pattern.fullmatch(name):
-            numbers = match.groupdict()
-            key = (int(numbers["i"]), int(numbers["e"]) if "e" in numbers else None)
-            if key in found:
-                raise FormatError(
-                    "two tensors for one part", field=name, found=f"also {found[key].name}"
-                )
-            found[key] = tensor
+def model_type_of(config: Mapping[str, Any]) -> str | None:
+    """The language model's `model_type`, None where config.json has none."""
+    found = language_config(config).get("model_type")
+    if found is not None and not isinstance(found, str):
+        raise FormatError("not a string", field="config.json, model_type", found=repr(found))
     return found
 
 
-def _assemble(
-    layer: int,
-    expert: int | None,
-    rules: Mapping[PartName, PartRule],
-    weights: Mapping[PartName, SourceTensor],
-    tensors: Mapping[str, SourceTensor],
-) -> Ffn:
-    """The FFN that these weights make up, its shapes checked against each other."""
-    shapes: dict[PartName, tuple[int, int]] = {}
-    parts: dict[PartName, PartSource] = {}
-    for name, rule in rules.items():
-        tensor = weights[name]
-        if len(tensor.shape) != 2:
-            raise FormatError(
-                "not a matrix",
-                file=tensor.path,
-                field=tensor.name,
-                found=f"shape {list(tensor.shape)}",
-            )
-        neurons, d_model = tensor.shape[rule.axis], tensor.shape[1 - rule.axis]
-        if rule.half is not None:
-            if neurons % 2:
-                raise FormatError(
-                    "a fused tensor of odd length",
-                    file=tensor.path,
-                    field=tensor.name,
-                    found=f"shape {list(tensor.shape)}",
-                )
-            neurons //= 2
-        shapes[name] = (neurons, d_model)
-        bias = f"{tensor.name.removesuffix('.weight')}.bias"
-        parts[name] = PartSource(
-            tensor, rule.axis, (rule.half or 0) * neurons, bias if bias in tensors else None
+def activation_of(family: Family, config: Mapping[str, Any]) -> Activation:
+    """The activation of a model's FFNs: what config.json says, else the default of its
+    `model_type`'s class, else `unknown`. Raises FormatError for one that the format does not know.
+    """
+    language = language_config(config)
+    key = family.activation_key
+    if key not in language:
+        known = model_type_of(config) in family.model_types
+        return Activation(family.activation if known and family.activation else UNKNOWN)
+    found = language[key]
+    name = _ACTIVATIONS.get(family.aliases.get(found, found)) if isinstance(found, str) else None
+    if name is None:
+        raise FormatError(
+            "activation not known to the format",
+            field=f"config.json, {key}",
+            expected=", ".join(_ACTIVATIONS),
+            found=repr(found),
         )
-    leader, wanted = next(iter(shapes.items()))
-    for name, shape in shapes.items():
-        if shape != wanted or 0 in shape:
-            raise FormatError(
-                "FFN tensors disagree on [neurons, d_model]",
-                file=weights[name].path,
-                field=weights[name].name,
-                expected=f"{list(wanted)}, as its {leader}",
-                found=list(shape),
-            )
-    return Ffn(layer, expert, *wanted, parts)
+    threshold = language.get("hidden_act_param") if name == "fatrelu" else None
+    if threshold is None:
+        return Activation(name)
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+        raise FormatError(
+            "not a number", field="config.json, hidden_act_param", found=repr(threshold)
+        )
+    if not abs(threshold) < 1e38:
+        raise FormatError(
+            "not a finite number", field="config.json, hidden_act_param", found=repr(threshold)
+        )
+    return Activation(name, float(threshold))
+
+
+def head_of(family: Family, config: Mapping[str, Any], names: Iterable[str]) -> str | None:
+    """Where the output head's weights are: a tensor's name, `tied` (to the embeddings) or
+    `missing`; None for a family without one."""
+    if family.head is None:
+        return None
+    suffix = f"{family.head}.weight"
+    for name in names:
+        if name == suffix or name.endswith(f".{suffix}"):
+            return name
+    places = (language_config(config), config)
+    said = [place[family.tie_key] for place in places if family.tie_key in place]
+    return "tied" if (said[0] if said else family.tied) else "missing"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import asdict
 
 from bundlefmt.cli import arguments, output
+from bundlefmt.errors import printable
 
 HELP = "write the bundle file of a checkpoint"
 DTYPES = ("keep", "f32", "f16", "bf16", "q8_0", "q4_0")
+_NAMES = 4  # unused tensors named in the report
 ALIGNMENTS = ("auto", "512", "4096", "16384", "65536")
 
 
@@ -18,6 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source", help="a .safetensors file, a folder with one, or a model.safetensors.index.json"
     )
     parser.add_argument("-o", "--output", help="the file to write (default: SOURCE.bundle)")
+    parser.add_argument(
+        "--family",
+        metavar="NAME",
+        help="pack by this family's rules where config.json's model_type is of none",
+    )
     parser.add_argument("--dtype", default="keep", choices=DTYPES, help="encoding of the bundles")
     parser.add_argument(
         "--align", default="auto", choices=ALIGNMENTS, help="alignment of each bundle, in bytes"
@@ -37,12 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Pack and report."""
-    from bundlefmt.convert.pack import pack
+    from bundlefmt.packing import pack
 
     with output.progress("packing") as progress:
         report = pack(
             args.source,
             args.output,
+            family=args.family,
             dtype=args.dtype,
             align=args.align,
             resident=args.resident,
@@ -51,22 +60,32 @@ def run(args: argparse.Namespace) -> int:
             dry_run=args.dry_run,
             progress=progress,
         )
+    for note in report.notes:
+        print(printable(f"bundlefmt pack: {args.source}: {note}"), file=sys.stderr)
     if args.json:
         output.print_json(asdict(report))
         return 0
     padding = f"{output.size(report.padding_bytes)} of padding"
+    names = ", ".join(report.unused[:_NAMES] + ["..."] * (len(report.unused) > _NAMES))
+    unused = f"{output.size(report.unused_bytes)} in {len(report.unused)} tensors: {names}"
     output.print_fields(
         [
             ("would write" if report.dry_run else "wrote", report.path),
             ("family", f"{report.family}, {report.activation}"),
             ("groups", f"{report.groups} in {report.layers} layers, {report.neurons:,} neurons"),
-            ("bundles", f"{output.size(report.bundle_bytes)}, {padding}"),
+            (
+                "bundles",
+                f"{output.size(report.bundle_bytes)}, {padding}: "
+                f"{report.unit_share:.1%} of the weights",
+            ),
             ("resident", output.size(report.resident_bytes)),
+            *([("unused", unused)] if report.unused else []),
             (
                 "disk needed" if report.dry_run else "file",
                 f"{output.size(report.file_bytes)} (checkpoint: "
                 f"{output.size(report.source_bytes)})",
             ),
+            ("run", "computes it" if report.runs else f"does not compute it: {report.why_not}"),
             ("seconds", f"{report.seconds:.2f}"),
         ]
     )

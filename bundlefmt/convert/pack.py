@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -19,31 +19,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundlefmt import __version__
-from bundlefmt.checkpoints.families import (
-    Activation,
-    Family,
-    activation_of,
-    find_ffns,
-)
-from bundlefmt.checkpoints.sources import Checkpoint, open_checkpoint
+from bundlefmt.checkpoints.families import UNKNOWN, Activation, Family, activation_of, head_of
+from bundlefmt.checkpoints.ffns import find_ffns, is_adapters, is_unused, needed
+from bundlefmt.checkpoints.files import exists, hub_repository
+from bundlefmt.checkpoints.sources import Checkpoint, SourceTensor, open_checkpoint
 from bundlefmt.convert.plan import GroupPlan, plan_group
 from bundlefmt.convert.progress import Progress, silent
 from bundlefmt.convert.rows import CHUNK_NUMBERS, PartRows
 from bundlefmt.convert.writer import RegionWriter
-from bundlefmt.errors import UsageError, naming
+from bundlefmt.errors import FormatError, UsageError, naming
 from bundlefmt.layout.arithmetic import round_up
-from bundlefmt.layout.constants import CHECKSUM_BYTES, DATA_OFFSET
+from bundlefmt.layout.constants import CHECKSUM_BYTES, DATA_OFFSET, MAX_NAME_LENGTH
 from bundlefmt.layout.header import Blob, Group, Header, Part, Region, Source, SourceFile, Tensor
 from bundlefmt.layout.planner import region_alignment
 from bundlefmt.storage.atomic import refuse_existing, replacing
 
 _HEADER_ALLOWANCE = 1 << 10  # bytes of header per region, in the estimate of disk needed
 
+# Of config.json, the number of layers and the tensors: why `run` does not compute the model (None:
+# it does), and the names of the tensors that it does not use.
+Judge = Callable[[Mapping[str, Any], int, Mapping[str, SourceTensor]], tuple[str | None, list[str]]]
+
 
 @dataclass(frozen=True)
 class PackReport:
     """What a pack wrote, or with `dry_run` would write. Sizes in bytes; `file_bytes` of a dry
-    run is the most that the file can take."""
+    run is the most that the file can take.
+
+    `unit_share` is the share of the weights' bytes that became units. `head` is the output head's
+    tensor, `tied` or `missing` (None: the family has none). `unused` names the resident tensors
+    that nothing is computed from. `runs` says whether `run` computes the model (None: nobody was
+    asked), `why_not` why it does not. `notes` are one line each.
+    """
 
     source: str
     path: str
@@ -57,6 +64,13 @@ class PackReport:
     padding_bytes: int
     resident_bytes: int
     file_bytes: int
+    unit_share: float
+    head: str | None
+    unused: list[str]
+    unused_bytes: int
+    runs: bool | None
+    why_not: str | None
+    notes: list[str]
     dry_run: bool
     seconds: float
 
@@ -65,6 +79,8 @@ def pack(
     source: str | os.PathLike[str],
     path: str | os.PathLike[str] | None = None,
     *,
+    judge: Judge | None = None,
+    family: str | None = None,
     dtype: str = "keep",
     align: str = "auto",
     resident: str | None = None,
@@ -73,62 +89,128 @@ def pack(
     dry_run: bool = False,
     progress: Progress = silent,
 ) -> PackReport:
-    """Write the bundle file of a checkpoint: a safetensors file, a folder or a sharded index.
-
-    `path` defaults to the source's name with `.bundle`, beside it. `dtype` is the encoding of the
-    bundles, `keep` the checkpoint's own. `align` is the stride's alignment. `resident` names a
-    part (`gate` or `up`) to leave out of the bundles; it keeps the checkpoint's encoding. `zstd`
-    compresses resident tensors and blobs. The file appears whole or not at all.
-
-    Raises UsageError, FormatError (the checkpoint's fault), WriteError (disk full).
-    """
+    """As `bundlefmt.pack`; `judge` tells what `run` makes of the model."""
     start = time.perf_counter()
-    checkpoint = open_checkpoint(source)
-    target = Path(path) if path is not None else default_path(checkpoint)
-    with naming(checkpoint.path):
-        family, ffns = find_ffns(checkpoint.tensors, checkpoint.config)
-        activation = activation_of(family, checkpoint.config)
-    plans = [plan_group(ffn, dtype, align, resident) for ffn in ffns]
-    job = _Pack(checkpoint, family, activation, plans, align, zstd, progress)
-    refuse_existing(target, force=force or dry_run)
-    _refuse_sources(target, checkpoint)
-    if not dry_run:
-        needed = job.most_bytes()
-        with naming(target), replacing(target, force=force, needed=needed) as file:
-            file_bytes = job.write(file.fileno())
-    return PackReport(
-        source=str(checkpoint.path),
-        path=str(target),
-        family=family.name,
-        activation=activation.name,
-        layers=len({plan.ffn.layer for plan in plans}),
-        groups=len(plans),
-        neurons=sum(plan.ffn.neurons for plan in plans),
-        source_bytes=sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
-        bundle_bytes=sum(plan.ffn.neurons * plan.stride for plan in plans),
-        padding_bytes=sum(plan.ffn.neurons * (plan.stride - plan.used) for plan in plans),
-        resident_bytes=job.resident_bytes(),
-        file_bytes=job.most_bytes() if dry_run else file_bytes,
-        dry_run=dry_run,
-        seconds=time.perf_counter() - start,
-    )
+    with open_checkpoint(source) as checkpoint:
+        target = Path(path) if path is not None else default_path(checkpoint)
+        exists(target)
+        config = checkpoint.config
+        with naming(checkpoint.path):
+            found, ffns = find_ffns(checkpoint.tensors, config, family)
+            activation = activation_of(found, config)
+            head = head_of(found, config, checkpoint.tensors)
+            _require_listed(checkpoint, head)
+        _require_names(checkpoint)
+        plans = [plan_group(ffn, dtype, align, resident) for ffn in ffns]
+        layers = len({ffn.layer for ffn in ffns})
+        job = _Pack(checkpoint, found, activation, plans, align, zstd, progress)
+        runs = why_not = told = None
+        if judge is not None:
+            why_not, told = judge(config, layers, checkpoint.tensors)
+            runs = why_not is None
+        unused = job.unused(told if runs else None)
+        refuse_existing(target, force=force or dry_run)
+        _refuse_target(target, checkpoint)
+        if not dry_run:
+            needed = job.most_bytes()
+            with naming(target), replacing(target, force=force, needed=needed) as file:
+                file_bytes = job.write(file.fileno())
+                checkpoint.require_unchanged()
+        source_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+        return PackReport(
+            source=str(checkpoint.path),
+            path=str(target),
+            family=found.name,
+            activation=activation.name,
+            layers=layers,
+            groups=len(plans),
+            neurons=sum(plan.ffn.neurons for plan in plans),
+            source_bytes=source_bytes,
+            bundle_bytes=sum(plan.ffn.neurons * plan.stride for plan in plans),
+            padding_bytes=sum(plan.ffn.neurons * (plan.stride - plan.used) for plan in plans),
+            resident_bytes=job.resident_bytes(),
+            file_bytes=job.most_bytes() if dry_run else file_bytes,
+            unit_share=job.bundled_bytes() / source_bytes,
+            head=head,
+            unused=unused,
+            unused_bytes=sum(checkpoint.tensors[name].nbytes for name in unused),
+            runs=runs,
+            why_not=why_not,
+            notes=[*checkpoint.notes, *_notes(checkpoint, activation, head)],
+            dry_run=dry_run,
+            seconds=time.perf_counter() - start,
+        )
 
 
 def default_path(checkpoint: Checkpoint) -> Path:
-    """`model.bundle` beside `model.safetensors`; `folder.bundle` beside `folder`."""
+    """`model.bundle` beside `model.safetensors`; `folder.bundle` beside `folder`; of a model in the
+    Hub's cache, `name.bundle` in the current folder."""
+    folder = Path(os.path.realpath(checkpoint.folder.path))
+    repository = hub_repository(folder)
+    if repository is not None:
+        here = Path(os.path.realpath("."))
+        if here.is_relative_to(repository.parent):
+            raise UsageError(
+                "this folder is in the Hub's cache, which takes no other files: give -o (path)",
+                file=here,
+            )
+        return Path(f"{repository.name.rpartition('--')[2]}.bundle")
     path = checkpoint.path
-    if path.is_dir():
-        path = path.resolve()
-        return path.with_name(f"{path.name}.bundle")
+    if checkpoint.folder.path == path:
+        return folder.parent / f"{folder.name or 'model'}.bundle"
     return path.with_name(f"{path.name.split('.safetensors')[0]}.bundle")
 
 
-def _refuse_sources(target: Path, checkpoint: Checkpoint) -> None:
-    """Raise UsageError when `target` is one of the checkpoint's own files."""
-    own = [file.path for file in checkpoint.files]
-    own += [own[0].with_name(name) for name in checkpoint.companions]
-    for path in own:
-        if target.exists() and path.exists() and target.samefile(path):
+def _require_listed(checkpoint: Checkpoint, head: str | None) -> None:
+    """Raise FormatError when the index lists a tensor that the model needs and no shard has."""
+    name = needed(checkpoint.unfound, checkpoint.tensors, checkpoint.config, head)
+    if name is not None:
+        raise FormatError(
+            "tensor not in its shard: the index lists it, and the model needs it", field=name
+        )
+
+
+def _require_names(checkpoint: Checkpoint) -> None:
+    """Raise FormatError for file names that a bundle file cannot carry."""
+    seen: set[str] = set()
+    for name in [file.path.name for file in checkpoint.files] + list(checkpoint.companions):
+        length = len(name.encode("utf-8", "surrogatepass"))
+        plain = length <= MAX_NAME_LENGTH and "\\" not in name and _is_text(name)
+        if not plain or name in seen:
+            raise FormatError(
+                "a file of this name cannot be carried",
+                file=checkpoint.folder.path / name,
+                expected="a plain name of Unicode text, that no other file has",
+            )
+        seen.add(name)
+
+
+def _is_text(name: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in name)
+
+
+def _notes(checkpoint: Checkpoint, activation: Activation, head: str | None) -> Iterator[str]:
+    """What else there is to say of a checkpoint."""
+    if activation.name == UNKNOWN:
+        yield "the checkpoint does not say which activation the FFNs have"
+    if head == "missing":
+        yield "no output head: it is not tied to the embeddings, and its weights are not there"
+    if adapters := [name for name in checkpoint.tensors if is_adapters(name)]:
+        yield f"an adapter in the weights is not used: {len(adapters)} tensors, as {adapters[0]}"
+    if shared := [name for name in checkpoint.tensors if "shared_expert" in name]:
+        yield f"shared experts stay resident: {len(shared)} tensors"
+    if checkpoint.unfound:
+        first = checkpoint.unfound[0]
+        yield f"the index lists {len(checkpoint.unfound)} tensors that no shard has, as {first}"
+
+
+def _refuse_target(target: Path, checkpoint: Checkpoint) -> None:
+    """Raise UsageError when `target` is a device, a pipe or a socket, or one of the checkpoint's
+    own files."""
+    if target.exists() and not target.is_file():
+        raise UsageError("not a regular file: it is not replaced", file=target)
+    for file in checkpoint.folder.files:
+        if target.exists() and file.path.exists() and target.samefile(file.path):
             raise UsageError("this is the checkpoint itself", file=target)
 
 
@@ -165,6 +247,23 @@ class _Pack:
             for part in plan.parts
             if part.offset is None
         )
+
+    def bundled_bytes(self) -> int:
+        """Bytes, in the checkpoint, of what becomes units."""
+        kept = {tensor.name for tensor in self._residents}
+        return sum(
+            tensor.nbytes for name, tensor in self.checkpoint.tensors.items() if name not in kept
+        )
+
+    def unused(self, told: list[str] | None) -> list[str]:
+        """Names of resident tensors that nothing is computed from: those told, where that is
+        known, else those whose names say so."""
+        biases = {part.source.bias for plan in self.plans for part in plan.parts}
+        names = [tensor.name for tensor in self._residents if tensor.name not in biases]
+        if told is None:
+            return [name for name in names if is_unused(name, self.checkpoint.config)]
+        known = set(told)
+        return [name for name in names if name in known]
 
     def most_bytes(self) -> int:
         """The most bytes that the file can take."""

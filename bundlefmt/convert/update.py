@@ -31,13 +31,15 @@ def append(
     """Add resident tensors, blobs and predictors to a bundle file, or replace those of the same
     name (predictors: of the same group), as its next generation; returns the new superblock.
 
-    Raises UsageError when another writer has the file, FormatError when the file is not valid or
-    would not be, WriteError when the device refuses.
+    Raises UsageError when another writer has the file, or the name has passed to another file
+    meanwhile, FormatError when the file is not valid or would not be, WriteError when the device
+    refuses.
     """
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise UsageError(f"cannot open for writing: {error.strerror}", file=path) from error
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", error)
+        raise UsageError(f"cannot open for writing: {why}", file=path) from error
     try:
         lock(fd)
         with naming(path):
@@ -61,18 +63,37 @@ def _append(
         header, current = file.header, file.superblock
     slot, locked = superblock.choose(os.pread(fd, DATA_OFFSET, 0))
     if locked != current:
-        raise UsageError("another file has taken this name meanwhile")
+        raise _replaced(path)
+    _require_named(fd, path)
     os.ftruncate(fd, current.file_length)  # what an interrupted update left
     try:
         following = _append_regions(fd, header, current, tensors, blobs, predictors)
         os.fsync(fd)
+        _require_named(fd, path)
     except BaseException:
         os.ftruncate(fd, current.file_length)
         raise
     writer = RegionWriter(fd, current.alignment, following.file_length)
     writer.superblock(following, slots=[1 - slot])
     os.fsync(fd)
+    _require_named(fd, path)
     return following
+
+
+def _require_named(fd: int, path: str | os.PathLike[str]) -> None:
+    """Raise UsageError unless `path` still leads to the open file."""
+    try:
+        named = os.path.samestat(os.fstat(fd), os.stat(path))  # noqa: PTH116
+    except FileNotFoundError:
+        named = False
+    if not named:
+        raise _replaced(path)
+
+
+def _replaced(path: str | os.PathLike[str]) -> UsageError:
+    return UsageError(
+        "another file has taken this name meanwhile: what was added is not in it", file=path
+    )
 
 
 def _append_regions(
