@@ -391,6 +391,14 @@ def test_learned_positions_have_a_row_for_every_token_of_the_context(tmp_path: P
             bundlefmt.load_model(path)
 
 
+def test_a_text_longer_than_any_memory_is_refused(tmp_path: Path) -> None:
+    config = config_of("llama", max_position_embeddings=(1 << 31) - 1)
+    with bundlefmt.load_model(packed(tmp_path, config, tensors_of("llama"))) as model:
+        assert len(model.generate(IDS, 2)) == 2
+        with pytest.raises(UsageError, match="not enough memory"):
+            model.decoder.new_cache(1 << 60)
+
+
 def test_heads_are_counted_by_openelm_from_its_multipliers() -> None:
     config = openelm.small_config()
     whole = decoder_config(config, 4)

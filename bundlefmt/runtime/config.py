@@ -265,6 +265,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 _SWITCHES = (
     "add_cross_attention",
     "alibi",
+    "apply_residual_connection_post_layernorm",
     "attention_chunk_size",
     "attention_multiplier",
     "attn_logit_softcapping",
