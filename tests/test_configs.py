@@ -536,6 +536,15 @@ def test_a_value_that_cannot_be_is_refused(case: str, key: str, lies: tuple[Any,
             decoder_config(config | {key: lie}, layers)
 
 
+def test_end_of_text_tokens_of_the_wrong_kind_are_refused_by_their_file(tmp_path: Path) -> None:
+    for tokens in ("2", 2.0, True, [[2]]):
+        lie = json.dumps({"eos_token_id": tokens})
+        (tmp_path / "generation_config.json").write_text(lie)
+        path = packed(tmp_path, config_of("llama"), tensors_of("llama"))
+        with pytest.raises(FormatError, match=r"generation_config\.json, eos_token_id"):
+            bundlefmt.load_model(path)
+
+
 def test_learned_positions_have_a_row_for_every_token_of_the_context(tmp_path: Path) -> None:
     for context in (127, 129, 100_000):
         path = packed(
@@ -651,6 +660,16 @@ def test_one_prefix_is_found_whatever_it_is(case: str, old: str, new: str, tmp_p
     assert (
         why_not(config_of(case), config_of(case)["num_hidden_layers"], described(tensors)) is None
     )
+
+
+def test_openelm_has_a_head_of_its_own_where_it_does_not_share(tmp_path: Path) -> None:
+    config = openelm.small_config()
+    tensors = openelm.random_checkpoint(config, seed=3)
+    apart = {name: value for name, value in config.items() if not name.startswith("share_")}
+    assert "no head" in str(why_not(apart, 4, described(tensors)))
+    doubled = {"lm_head.weight": 2 * tensors["transformer.token_embeddings.weight"]}
+    expected = 2 * openelm.logits(config, tensors, IDS).astype(np.float32)
+    assert_close(logits(packed(tmp_path, apart, tensors | doubled)), expected)
 
 
 def test_openelm_runs_without_its_prefix(tmp_path: Path) -> None:
