@@ -30,8 +30,8 @@ class Described(Protocol):
 
 
 class Role(NamedTuple):
-    """A role in the model, in a layer or outside them, and the shape of its weights and length of its
-    bias; None where it has none."""
+    """A role in the model, in a layer or outside them; the shape of its weights and the length of
+    its bias, each None where it has none."""
 
     name: str
     layer: int | None
