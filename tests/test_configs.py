@@ -216,6 +216,161 @@ def test_each_absent_or_null_key_means_to_us_what_it_means_to_transformers(
     assert refused == CONTRADICTED.get(case, set())
 
 
+# Older config.json files, as they are on the Hub, without what changes nothing: heads, key/value
+# heads, numbers of a head, pairs that turn, window, context.
+PUBLISHED: list[tuple[Config, tuple[int, int, int, int | None, int | None, int]]] = [
+    (
+        {
+            "model_type": "opt",
+            "_remove_final_layer_norm": False,
+            "do_layer_norm_before": False,
+            "hidden_size": 1024,
+            "max_position_embeddings": 2048,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "prefix": "</s>",
+            "word_embed_proj_dim": 512,
+        },
+        (16, 16, 64, None, None, 2048),
+    ),
+    (
+        {
+            "model_type": "llama",
+            "attention_bias": False,
+            "eos_token_id": [128001, 128008, 128009],
+            "head_dim": 64,
+            "hidden_size": 2048,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 16,
+            "num_key_value_heads": 8,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "factor": 32.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": True,
+        },
+        (32, 8, 64, 32, None, 131072),
+    ),
+    (
+        {
+            "model_type": "mistral",
+            "hidden_size": 4096,
+            "max_position_embeddings": 32768,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 10000.0,
+            "sliding_window": 4096,
+            "tie_word_embeddings": False,
+        },
+        (32, 8, 128, 64, 4096, 32768),
+    ),
+    (
+        {
+            "model_type": "qwen2",
+            "hidden_size": 896,
+            "max_position_embeddings": 32768,
+            "max_window_layers": 24,
+            "num_attention_heads": 14,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000.0,
+            "sliding_window": 32768,
+            "tie_word_embeddings": True,
+            "use_mrope": False,
+            "use_sliding_window": False,
+        },
+        (14, 2, 64, 32, None, 32768),
+    ),
+    (
+        {
+            "model_type": "qwen3",
+            "attention_bias": False,
+            "head_dim": 128,
+            "hidden_size": 1024,
+            "max_position_embeddings": 40960,
+            "max_window_layers": 28,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 8,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "sliding_window": None,
+            "use_sliding_window": False,
+        },
+        (16, 8, 128, 64, None, 40960),
+    ),
+    (
+        {
+            "model_type": "phi",
+            "hidden_size": 2560,
+            "layer_norm_eps": 1e-05,
+            "max_position_embeddings": 2048,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 32,
+            "partial_rotary_factor": 0.4,
+            "qk_layernorm": False,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+        },
+        (32, 32, 80, 16, None, 2048),
+    ),
+    (
+        {
+            "model_type": "persimmon",
+            "hidden_size": 4096,
+            "num_attention_heads": 64,
+            "num_hidden_layers": 36,
+            "partial_rotary_factor": 0.5,
+            "qk_layernorm": True,
+            "rope_scaling": None,
+            "rope_theta": 25000.0,
+        },
+        (64, 64, 64, 16, None, 16384),
+    ),
+    (
+        {
+            "model_type": "falcon",
+            "alibi": False,
+            "apply_residual_connection_post_layernorm": False,
+            "hidden_size": 8192,
+            "new_decoder_architecture": True,
+            "num_attention_heads": 128,
+            "num_hidden_layers": 60,
+            "num_kv_heads": 8,
+            "parallel_attn": True,
+        },
+        (128, 8, 64, 32, None, 2048),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    PUBLISHED,
+    ids=lambda part: part["model_type"] if isinstance(part, dict) else "",
+)
+def test_published_configs_are_understood(
+    config: Config, expected: tuple[int, int, int, int | None, int | None, int]
+) -> None:
+    decoder = decoder_config(config, config["num_hidden_layers"])
+    first = decoder.layers[0]
+    pairs = None if decoder.rope is None else decoder.rope.frequencies.size
+    found = (first.heads, first.kv_heads, decoder.head_dim, pairs, first.window, decoder.context)
+    assert found == expected
+
+
 # Rotary positions
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
@@ -291,6 +446,7 @@ UNSUPPORTED: list[tuple[str, Config, str]] = [
     ("falcon", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn"),
     ("falcon", {"multi_query": False, "num_kv_heads": 2}, "num_kv_heads"),
     ("falcon", {"alibi": True}, "alibi"),
+    ("falcon", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection"),
 ]
 
 
@@ -380,6 +536,15 @@ def test_a_value_that_cannot_be_is_refused(case: str, key: str, lies: tuple[Any,
             decoder_config(config | {key: lie}, layers)
 
 
+def test_end_of_text_tokens_of_the_wrong_kind_are_refused_by_their_file(tmp_path: Path) -> None:
+    for tokens in ("2", 2.0, True, [[2]]):
+        lie = json.dumps({"eos_token_id": tokens})
+        (tmp_path / "generation_config.json").write_text(lie)
+        path = packed(tmp_path, config_of("llama"), tensors_of("llama"))
+        with pytest.raises(FormatError, match=r"generation_config\.json, eos_token_id"):
+            bundlefmt.load_model(path)
+
+
 def test_learned_positions_have_a_row_for_every_token_of_the_context(tmp_path: Path) -> None:
     for context in (127, 129, 100_000):
         path = packed(
@@ -389,6 +554,14 @@ def test_learned_positions_have_a_row_for_every_token_of_the_context(tmp_path: P
             FormatError, match=rf"embed_positions.*\[{context + 2}, 32\].*\[130, 32\]"
         ):
             bundlefmt.load_model(path)
+
+
+def test_a_text_longer_than_any_memory_is_refused(tmp_path: Path) -> None:
+    config = config_of("llama", max_position_embeddings=(1 << 31) - 1)
+    with bundlefmt.load_model(packed(tmp_path, config, tensors_of("llama"))) as model:
+        assert len(model.generate(IDS, 2)) == 2
+        with pytest.raises(UsageError, match="not enough memory"):
+            model.decoder.new_cache(1 << 60)
 
 
 def test_heads_are_counted_by_openelm_from_its_multipliers() -> None:
@@ -487,6 +660,16 @@ def test_one_prefix_is_found_whatever_it_is(case: str, old: str, new: str, tmp_p
     assert (
         why_not(config_of(case), config_of(case)["num_hidden_layers"], described(tensors)) is None
     )
+
+
+def test_openelm_has_a_head_of_its_own_where_it_does_not_share(tmp_path: Path) -> None:
+    config = openelm.small_config()
+    tensors = openelm.random_checkpoint(config, seed=3)
+    apart = {name: value for name, value in config.items() if not name.startswith("share_")}
+    assert "no head" in str(why_not(apart, 4, described(tensors)))
+    doubled = {"lm_head.weight": 2 * tensors["transformer.token_embeddings.weight"]}
+    expected = 2 * openelm.logits(config, tensors, IDS).astype(np.float32)
+    assert_close(logits(packed(tmp_path, apart, tensors | doubled)), expected)
 
 
 def test_openelm_runs_without_its_prefix(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def _resident_bytes(file: BundleFile, config: DecoderConfig) -> int:
     roles = ["positions"]
     if any(name.endswith(f"{config.names['head']}.weight") for name in file.tensor_names):
         roles.append("embed")
-    suffixes = tuple(config.names[role] for role in roles if role in config.names)
+    suffixes = tuple(f"{config.names[role]}.weight" for role in roles if role in config.names)
     return sum(
         _length(file, name)
         for name in file.tensor_names

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundlefmt import kernels
+from bundlefmt.errors import UsageError
 from bundlefmt.kernels import Floats
 from bundlefmt.runtime.config import Attention, DecoderConfig
 from bundlefmt.runtime.rope import Rope
@@ -16,11 +17,19 @@ _QUERIES = 256  # tokens of a prompt whose scores are in memory at once
 
 class LayerCache:
     """Keys and values of the tokens so far, float32 [kv_heads, tokens, head_dim] each, with room
-    for `tokens` of them. The memory doubles when it is full."""
+    for `tokens` of them. The memory doubles when it is full. Raises UsageError where there is not
+    so much memory."""
 
     def __init__(self, kv_heads: int, head_dim: int, tokens: int) -> None:
         self.length = 0
-        self._memory = np.empty((2, kv_heads, tokens, head_dim), dtype=np.float32)
+        try:
+            self._memory = np.empty((2, kv_heads, tokens, head_dim), dtype=np.float32)
+        except (MemoryError, ValueError):  # ValueError: more than can be addressed
+            raise UsageError(
+                "not enough memory for the keys and values of so long a text",
+                field="tokens",
+                found=tokens,
+            ) from None
 
     def extend(self, keys: Floats, values: Floats) -> tuple[Floats, Floats]:
         """Add keys and values [kv_heads, n, head_dim]; returns all of them."""

@@ -265,6 +265,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 _SWITCHES = (
     "add_cross_attention",
     "alibi",
+    "apply_residual_connection_post_layernorm",
     "attention_chunk_size",
     "attention_multiplier",
     "attn_logit_softcapping",
@@ -299,7 +300,7 @@ def decoder_config(config: Mapping[str, Any], layers: int) -> DecoderConfig:
     """The decoder that a config.json describes, of a file with FFNs for that many layers.
 
     Raises UsageError for a `model_type` or variant that this runtime does not compute, FormatError
-    for values that are none, and for a config that does not fit the file.
+    for values of the wrong kind, and for a config that does not fit the file.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in _DECODERS:
@@ -317,8 +318,8 @@ def decoder_config(config: Mapping[str, Any], layers: int) -> DecoderConfig:
 
 
 def eos_of(config: Mapping[str, Any], file: str = "config.json") -> frozenset[int]:
-    """The end-of-text tokens that a config names: one, several, or none. Raises FormatError for
-    what is no token."""
+    """The end-of-text tokens that a config names: one, several, or none. `file` is its name, for
+    the FormatError that other values raise."""
     found = config.get("eos_token_id")
     tokens = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(token) is int for token in tokens):
@@ -406,7 +407,7 @@ def _qwen2(fields: Fields, config: Mapping[str, Any], layers: int) -> DecoderCon
 
 
 def _qwen3(fields: Fields, config: Mapping[str, Any], layers: int) -> DecoderConfig:
-    fields.integer("head_dim")  # here null is none
+    fields.integer("head_dim")  # null is refused here
     decoder = _like_llama(fields, config, _windows(fields, layers))
     biased = _ATTENTION if fields.flag("attention_bias") else _NONE
     return replace(decoder, biased=biased, head_norms=True)

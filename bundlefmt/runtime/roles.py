@@ -2,7 +2,7 @@
 
 The names of a checkpoint's tensors are those of its model's class under one prefix, which is found
 once. So tensors of other parts of a checkpoint (layers that predict further tokens, adapters,
-other heads) are never taken for the model's, and none is missing without a word.
+other heads) are never taken for the model's, and what is missing is an error.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Described(Protocol):
 
 
 class Role(NamedTuple):
-    """A role in the model, in a layer or in none, and what it needs: weights of a shape (None: not
-    any), a bias of a length (None: none)."""
+    """A role in the model, in a layer or outside them; the shape of its weights and the length of
+    its bias, each None where it has none."""
 
     name: str
     layer: int | None

@@ -34,7 +34,7 @@ def rope_of(
     it. `turning` is the share of a head that turns where the config does not say; None where the
     model's class turns the whole head.
 
-    Raises UsageError for a kind that is not computed, FormatError for values that are none.
+    Raises UsageError for a kind that is not computed, FormatError for values of the wrong kind.
     """
     outer = Fields(config, {"rope_scaling": None, "rope_parameters": None})
     chosen = "rope_scaling" if outer.value("rope_scaling") else "rope_parameters"
