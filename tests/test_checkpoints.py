@@ -385,16 +385,6 @@ def test_an_activation_is_what_the_models_class_computes(model_type: str) -> Non
         activation_of(family, {**named, key: None})
 
 
-def test_the_activation_of_transformers_own_classes_is_recorded() -> None:
-    transformers = pytest.importorskip("transformers")
-    for model_type, (key, default) in COMPUTED.items():
-        if model_type in ("openelm", "sparsellama"):
-            continue
-        family = next(family for family in FAMILIES if model_type in family.model_types)
-        theirs = getattr(transformers.CONFIG_MAPPING[model_type](), key)
-        assert activation_of(family, {key: theirs}).name == default, model_type
-
-
 def test_a_fatrelu_model_keeps_its_threshold(tmp_path: Path) -> None:
     copy_of("llama", tmp_path, hidden_act="fatrelu", hidden_act_param=0.01)
     bundlefmt.pack(tmp_path, tmp_path / "x.bundle")
