@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bundlefmt.checkpoints.sources import SourceTensor
-from bundlefmt.errors import FormatError
+from bundlefmt.errors import FormatError, UsageError
 from bundlefmt.layout.constants import PartName
 
 
@@ -37,8 +37,8 @@ class FfnRule:
 @dataclass(frozen=True)
 class Family:
     """A family: its name, the `model_type`s that use its names and its activation, and its kinds of
-    FFN. `activation` is what its classes compute where config.json lacks `activation_key` (None:
-    not known). `beside` are the names, below a layer's, of what belongs to its FFNs and is no part
+    FFN. `activation` is what its classes compute where config.json lacks `activation_key`; of the
+    `undefaulted`, whose code is not transformers' own, that is not known. `beside` are the names, below a layer's, of what belongs to its FFNs and is no part
     of a neuron: norms, routers, shared experts. `head` is the output head's name (None: it has
     none), which is tied to the embeddings if config.json's `tie_key`, by default `tied`, says so.
     """
@@ -46,12 +46,13 @@ class Family:
     name: str
     model_types: tuple[str, ...]
     rules: tuple[FfnRule, ...]
-    activation: str | None
+    activation: str
     activation_key: str = "hidden_act"
     beside: tuple[str, ...] = ()
     head: str | None = "lm_head"
     tied: bool = False
     tie_key: str = "tie_word_embeddings"
+    undefaulted: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)  # activations that mean another here
 
 
@@ -124,8 +125,13 @@ FAMILIES = (
         "activation_function",
         tied=True,
     ),
-    Family("llama", ("llama", "mistral", "qwen2", "qwen3"), (_LLAMA_MLP,), "silu"),
-    Family("sparsellama", ("sparsellama",), (_LLAMA_MLP,), None),  # ProSparse's
+    Family(
+        "llama",
+        ("llama", "sparsellama", "mistral", "qwen2", "qwen3"),
+        (_LLAMA_MLP,),
+        "silu",
+        undefaulted=("sparsellama",),  # ProSparse's
+    ),
     Family(
         "gemma",
         ("gemma",),
@@ -250,7 +256,7 @@ def model_type_of(config: Mapping[str, Any]) -> str | None:
     """The language model's `model_type`, None where config.json has none."""
     found = language_config(config).get("model_type")
     if found is not None and not isinstance(found, str):
-        raise FormatError("not a string", field="config.json, model_type", found=repr(found))
+        raise UsageError("not a name", field="config.json, model_type", found=repr(found)[:80])
     return found
 
 
@@ -261,8 +267,9 @@ def activation_of(family: Family, config: Mapping[str, Any]) -> Activation:
     language = language_config(config)
     key = family.activation_key
     if key not in language:
-        known = model_type_of(config) in family.model_types
-        return Activation(family.activation if known and family.activation else UNKNOWN)
+        model_type = model_type_of(config)
+        known = model_type in family.model_types and model_type not in family.undefaulted
+        return Activation(family.activation if known else UNKNOWN)
     found = language[key]
     name = _ACTIVATIONS.get(family.aliases.get(found, found)) if isinstance(found, str) else None
     if name is None:
