@@ -37,10 +37,13 @@ class FfnRule:
 @dataclass(frozen=True)
 class Family:
     """A family: its name, the `model_type`s that use its names and its activation, and its kinds of
-    FFN. `activation` is what its classes compute where config.json lacks `activation_key`; of the
-    `undefaulted`, whose code is not transformers' own, that is not known. `beside` are the names, below a layer's, of what belongs to its FFNs and is no part
-    of a neuron: norms, routers, shared experts. `head` is the output head's name (None: it has
-    none), which is tied to the embeddings if config.json's `tie_key`, by default `tied`, says so.
+    FFN.
+
+    `activation` is what its classes compute where config.json lacks `activation_key`; of the
+    `undefaulted`, whose code is not transformers' own, that is not known. `beside` are the names,
+    below a layer's, of what belongs to its FFNs and is no part of a neuron: norms, routers, shared
+    experts. `head` is the output head's name (None: it has none), which is tied to the embeddings
+    if config.json's `tie_key`, by default `tied`, says so.
     """
 
     name: str
