@@ -42,8 +42,9 @@ class Family:
     `activation` is what its classes compute where config.json lacks `activation_key`; of the
     `undefaulted`, whose code is not transformers' own, that is not known. `beside` are the names,
     below a layer's, of what belongs to its FFNs and is no part of a neuron: norms, routers, shared
-    experts. `head` is the output head's name (None: it has none), which is tied to the embeddings
-    if config.json's `tie_key`, by default `tied`, says so.
+    experts. `biased` says whether FFNs have biases, or which key of config.json does, and what
+    holds where that is absent. `head` is the output head's name (None: it has none), which is tied
+    to the embeddings if config.json's `tie_key`, by default `tied`, says so.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Family:
     activation: str
     activation_key: str = "hidden_act"
     beside: tuple[str, ...] = ()
+    biased: bool | tuple[str, bool] = False
     head: str | None = "lm_head"
     tied: bool = False
     tie_key: str = "tie_word_embeddings"
@@ -126,6 +128,7 @@ FAMILIES = (
         (_plain("decoder.layers.{i}.fc1", "decoder.layers.{i}.fc2"),),
         "relu",
         "activation_function",
+        biased=("enable_bias", True),
         tied=True,
     ),
     Family(
@@ -133,6 +136,7 @@ FAMILIES = (
         ("llama", "sparsellama", "mistral", "qwen2", "qwen3"),
         (_LLAMA_MLP,),
         "silu",
+        biased=("mlp_bias", False),
         undefaulted=("sparsellama",),  # ProSparse's
     ),
     Family(
@@ -152,7 +156,13 @@ FAMILIES = (
         beside=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
         tied=True,
     ),
-    Family("phi", ("phi",), (_plain("layers.{i}.mlp.fc1", "layers.{i}.mlp.fc2"),), "gelu_new"),
+    Family(
+        "phi",
+        ("phi",),
+        (_plain("layers.{i}.mlp.fc1", "layers.{i}.mlp.fc2"),),
+        "gelu_new",
+        biased=True,
+    ),
     Family("phi3", ("phi3",), (_fused("layers.{i}.mlp", "gate_up_proj", "down_proj"),), "silu"),
     Family(
         "falcon",
@@ -161,6 +171,7 @@ FAMILIES = (
         "gelu",
         "activation",
         beside=("ln_mlp",),
+        biased=("bias", False),
         tied=True,
     ),
     Family(
@@ -168,6 +179,7 @@ FAMILIES = (
         ("gpt_neox",),
         (_plain("layers.{i}.mlp.dense_h_to_4h", "layers.{i}.mlp.dense_4h_to_h"),),
         "gelu",
+        biased=True,
         head="embed_out",
     ),
     Family(
@@ -175,6 +187,7 @@ FAMILIES = (
         ("persimmon",),
         (_plain("layers.{i}.mlp.dense_h_to_4h", "layers.{i}.mlp.dense_4h_to_h"),),
         "relu2",
+        biased=True,
     ),
     Family(
         "gpt2",
@@ -182,6 +195,7 @@ FAMILIES = (
         (_conv1d("h.{i}.mlp.c_fc", "h.{i}.mlp.c_proj"),),
         "gelu_new",
         "activation_function",
+        biased=True,
         tied=True,
     ),
     Family(
@@ -189,6 +203,7 @@ FAMILIES = (
         ("bert",),
         (_plain("encoder.layer.{i}.intermediate.dense", "encoder.layer.{i}.output.dense"),),
         "gelu",
+        biased=True,
         head=None,
     ),
     Family(
@@ -219,6 +234,7 @@ FAMILIES = (
         ("nemotron",),
         (_plain("layers.{i}.mlp.up_proj", "layers.{i}.mlp.down_proj"),),
         "relu2",
+        biased=("mlp_bias", False),
     ),
 )
 
