@@ -377,6 +377,32 @@ def test_a_damaged_bundle_ends_a_run_with_one_line(
     assert main(["bench", str(damaged), "--no-verify", "--backend", "buffered"]) == 0
 
 
+# What a pack says.
+
+
+def test_a_pack_says_what_it_made_of_the_model(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tensors = load_file(FIXTURES / "llama" / "model.safetensors")
+    tensors |= {"score.weight": tensors.pop("lm_head.weight")}
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((FIXTURES / "llama" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "strange"}))
+    refused = bundlefmt("pack", folder, "--dry-run")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert is_one_line(refused.stderr)
+    assert "--family llama" in refused.stderr
+    done = bundlefmt("pack", folder, "--dry-run", "--family", "llama")
+    assert done.returncode == 0
+    said = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert said["family"] == "llama, silu"
+    assert said["bundles"].endswith("52.6% of the weights")
+    assert said["unused"].endswith("in 1 tensor: score.weight")
+    assert said["run"].startswith("does not compute it: ")
+    assert is_one_line(done.stderr)
+    assert "no output head" in done.stderr
+
+
 # Hostile names.
 
 ESCAPE = "\x1b[2Jgone\n\x7f\u202e"

@@ -447,6 +447,7 @@ def edited_config(case: str, folder: Path, **changes: Any) -> Path:
         {"hidden_size": "wide"},
         {"head_dim": 7},
         {"head_dim": 1 << 40},
+        {"num_hidden_layers": 3},
         {"num_hidden_layers": 10**9},
         {"max_position_embeddings": "x"},
         {"rms_norm_eps": None},

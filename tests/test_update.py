@@ -355,6 +355,35 @@ def test_a_device_that_refuses_a_write_leaves_the_old_state(
         assert bundlefmt.verify(path).ok
 
 
+@pytest.mark.parametrize("removed", [False, True])
+def test_an_update_of_a_file_that_lost_its_name_never_reports_success(
+    removed: bool, plain: Path, tmp_path: Path
+) -> None:
+    """Another file takes the name, or none has it any more, before the k-th step."""
+    other, path = tmp_path / "other.bundle", tmp_path / "renamed.bundle"
+    kept = tmp_path / "kept.bundle"  # the file under a name that it keeps
+
+    def lose_the_name(real: Step, *args: Any) -> Any:
+        path.unlink()
+        if not removed:
+            other.rename(path)
+        return real(*args)
+
+    steps = len(steps_of_an_update(Path(shutil.copy(plain, tmp_path / "count.bundle"))))
+    for k in range(1, steps + 1):
+        shutil.copy(plain, path)
+        shutil.copy(plain, other)
+        kept.unlink(missing_ok=True)
+        kept.hardlink_to(path)
+        with pytest.MonkeyPatch.context() as patch:
+            Faults(patch, k, lose_the_name)
+            with pytest.raises(UsageError, match="another file has taken this name") as caught:
+                bundlefmt.append(path, **UPDATE)
+        assert str(path) in str(caught.value)
+        assert removed or path.read_bytes() == plain.read_bytes()
+        (assert_old if k < steps - 1 else assert_new)(kept)  # the superblock is the last but one
+
+
 def test_short_writes_are_carried_on(plain: Path) -> None:
     real = os.pwrite
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bundlefmt.checkpoints.sources import SourceTensor
-from bundlefmt.errors import FormatError
+from bundlefmt.errors import FormatError, UsageError
 from bundlefmt.layout.constants import PartName
 
 
@@ -37,21 +37,27 @@ class FfnRule:
 @dataclass(frozen=True)
 class Family:
     """A family: its name, the `model_type`s that use its names and its activation, and its kinds of
-    FFN. `activation` is what its classes compute where config.json lacks `activation_key` (None:
-    not known). `beside` are the names, below a layer's, of what belongs to its FFNs and is no part
-    of a neuron: norms, routers, shared experts. `head` is the output head's name (None: it has
-    none), which is tied to the embeddings if config.json's `tie_key`, by default `tied`, says so.
+    FFN.
+
+    `activation` is what its classes compute where config.json lacks `activation_key`; of the
+    `undefaulted`, whose code is not transformers' own, that is not known. `beside` are the names,
+    below a layer's, of what belongs to its FFNs and is no part of a neuron: norms, routers, shared
+    experts. `biased` says whether FFNs have biases, or which key of config.json does, and what
+    holds where that is absent. `head` is the output head's name (None: it has none), which is tied
+    to the embeddings if config.json's `tie_key`, by default `tied`, says so.
     """
 
     name: str
     model_types: tuple[str, ...]
     rules: tuple[FfnRule, ...]
-    activation: str | None
+    activation: str
     activation_key: str = "hidden_act"
     beside: tuple[str, ...] = ()
+    biased: bool | tuple[str, bool] = False
     head: str | None = "lm_head"
     tied: bool = False
     tie_key: str = "tie_word_embeddings"
+    undefaulted: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)  # activations that mean another here
 
 
@@ -122,10 +128,17 @@ FAMILIES = (
         (_plain("decoder.layers.{i}.fc1", "decoder.layers.{i}.fc2"),),
         "relu",
         "activation_function",
+        biased=("enable_bias", True),
         tied=True,
     ),
-    Family("llama", ("llama", "mistral", "qwen2", "qwen3"), (_LLAMA_MLP,), "silu"),
-    Family("sparsellama", ("sparsellama",), (_LLAMA_MLP,), None),  # ProSparse's
+    Family(
+        "llama",
+        ("llama", "sparsellama", "mistral", "qwen2", "qwen3"),
+        (_LLAMA_MLP,),
+        "silu",
+        biased=("mlp_bias", False),
+        undefaulted=("sparsellama",),  # ProSparse's
+    ),
     Family(
         "gemma",
         ("gemma",),
@@ -143,7 +156,13 @@ FAMILIES = (
         beside=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
         tied=True,
     ),
-    Family("phi", ("phi",), (_plain("layers.{i}.mlp.fc1", "layers.{i}.mlp.fc2"),), "gelu_new"),
+    Family(
+        "phi",
+        ("phi",),
+        (_plain("layers.{i}.mlp.fc1", "layers.{i}.mlp.fc2"),),
+        "gelu_new",
+        biased=True,
+    ),
     Family("phi3", ("phi3",), (_fused("layers.{i}.mlp", "gate_up_proj", "down_proj"),), "silu"),
     Family(
         "falcon",
@@ -152,6 +171,7 @@ FAMILIES = (
         "gelu",
         "activation",
         beside=("ln_mlp",),
+        biased=("bias", False),
         tied=True,
     ),
     Family(
@@ -159,6 +179,7 @@ FAMILIES = (
         ("gpt_neox",),
         (_plain("layers.{i}.mlp.dense_h_to_4h", "layers.{i}.mlp.dense_4h_to_h"),),
         "gelu",
+        biased=True,
         head="embed_out",
     ),
     Family(
@@ -166,6 +187,7 @@ FAMILIES = (
         ("persimmon",),
         (_plain("layers.{i}.mlp.dense_h_to_4h", "layers.{i}.mlp.dense_4h_to_h"),),
         "relu2",
+        biased=True,
     ),
     Family(
         "gpt2",
@@ -173,6 +195,7 @@ FAMILIES = (
         (_conv1d("h.{i}.mlp.c_fc", "h.{i}.mlp.c_proj"),),
         "gelu_new",
         "activation_function",
+        biased=True,
         tied=True,
     ),
     Family(
@@ -180,6 +203,7 @@ FAMILIES = (
         ("bert",),
         (_plain("encoder.layer.{i}.intermediate.dense", "encoder.layer.{i}.output.dense"),),
         "gelu",
+        biased=True,
         head=None,
     ),
     Family(
@@ -210,6 +234,7 @@ FAMILIES = (
         ("nemotron",),
         (_plain("layers.{i}.mlp.up_proj", "layers.{i}.mlp.down_proj"),),
         "relu2",
+        biased=("mlp_bias", False),
     ),
 )
 
@@ -250,7 +275,7 @@ def model_type_of(config: Mapping[str, Any]) -> str | None:
     """The language model's `model_type`, None where config.json has none."""
     found = language_config(config).get("model_type")
     if found is not None and not isinstance(found, str):
-        raise FormatError("not a string", field="config.json, model_type", found=repr(found))
+        raise UsageError("not a name", field="config.json, model_type", found=repr(found)[:80])
     return found
 
 
@@ -261,8 +286,9 @@ def activation_of(family: Family, config: Mapping[str, Any]) -> Activation:
     language = language_config(config)
     key = family.activation_key
     if key not in language:
-        known = model_type_of(config) in family.model_types
-        return Activation(family.activation if known and family.activation else UNKNOWN)
+        model_type = model_type_of(config)
+        known = model_type in family.model_types and model_type not in family.undefaulted
+        return Activation(family.activation if known else UNKNOWN)
     found = language[key]
     name = _ACTIVATIONS.get(family.aliases.get(found, found)) if isinstance(found, str) else None
     if name is None:

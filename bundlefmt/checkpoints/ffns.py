@@ -73,6 +73,8 @@ def find_ffns(
         ffns = _ffns_of(chosen, tensors, by_template(tensors), config)
         if not ffns:
             raise _none_found([chosen], tensors, model_type)
+        if model_type in chosen.model_types:
+            _require_biases(chosen, ffns, language_config(config))
         return chosen, ffns
     if model_type is not None:
         raise _unknown_type(model_type, tensors, config)
@@ -334,6 +336,22 @@ def _require_all(ffns: Mapping[_Key, Ffn], layers: int | None, experts: int | No
             if biased.setdefault(kind, part.bias is not None) != (part.bias is not None):
                 raise FormatError(
                     "a bias in some FFNs and not in others",
+                    field=f"{part.tensor.name.removesuffix('.weight')}.bias",
+                )
+
+
+def _require_biases(family: Family, ffns: Iterable[Ffn], language: Mapping[str, Any]) -> None:
+    """Raise FormatError unless the FFNs have biases as the model's class has."""
+    wanted = family.biased
+    if isinstance(wanted, tuple):
+        wanted = bool(language.get(*wanted))
+    for ffn in ffns:
+        for part in ffn.parts.values():
+            if (part.bias is not None) != wanted:
+                raise FormatError(
+                    "FFNs with biases, which the model has not by its config.json"
+                    if part.bias
+                    else "FFNs without biases, which the model has by its config.json",
                     field=f"{part.tensor.name.removesuffix('.weight')}.bias",
                 )
 

@@ -22,16 +22,18 @@ _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
 
 class File:
-    """A regular file, open for reading until `close`.
+    """A regular file, open for reading until `close`. `real` is where its links lead, where that
+    was looked at: it is opened there or not at all.
 
     Raises UsageError when it cannot be opened, or is a folder, a device or a pipe.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, real: Path | None = None) -> None:
         self.path = path
+        follow = 0 if real is None else os.O_NOFOLLOW
         try:
-            _require_regular(path, os.stat(path))  # noqa: PTH116 - no device may be opened
-            self._file = FileIO(os.open(path, _FLAGS), "rb")
+            _require_regular(path, os.stat(path))  # noqa: PTH116 - opening a device may do something
+            self._file = FileIO(os.open(real or path, _FLAGS | follow), "rb")
             self._stat = _settled(self._file.fileno())
         except (OSError, ValueError) as error:
             raise _cannot_open(path, error) from error
@@ -124,7 +126,7 @@ class Folder:
                 file=path,
                 found=real,
             )
-        return self.adopt(File(path))
+        return self.adopt(File(path, real))
 
     def adopt(self, file: File) -> File:
         """Keep a file open until `close`."""

@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     padding = f"{output.size(report.padding_bytes)} of padding"
     names = ", ".join(report.unused[:_NAMES] + ["..."] * (len(report.unused) > _NAMES))
-    unused = f"{output.size(report.unused_bytes)} in {len(report.unused)} tensors: {names}"
+    tensors = f"{len(report.unused)} tensor{'s' * (len(report.unused) != 1)}"
+    unused = f"{output.size(report.unused_bytes)} in {tensors}: {names}"
     output.print_fields(
         [
             ("would write" if report.dry_run else "wrote", report.path),

@@ -64,7 +64,6 @@ def _append(
     slot, locked = superblock.choose(os.pread(fd, DATA_OFFSET, 0))
     if locked != current:
         raise _replaced(path)
-    _require_named(fd, path)
     os.ftruncate(fd, current.file_length)  # what an interrupted update left
     try:
         following = _append_regions(fd, header, current, tensors, blobs, predictors)
