@@ -123,7 +123,7 @@ def test_a_llama_of_prosparse_is_a_llama(tmp_path: Path) -> None:
     expected = reference("llama-fatrelu")
     path = edited_config("llama-fatrelu", tmp_path, model_type="sparsellama")
     with bundlefmt.load_model(path, mode="exact") as model:
-        assert model.file.header.family == "sparsellama"
+        assert model.file.header.family == "llama"
         assert model.generate(expected["prompt"].tolist(), 16) == expected["decoded"].tolist()
 
 

@@ -115,6 +115,16 @@ def test_a_model_that_is_closed_meanwhile_ends_its_generations_with_an_error(
         next(text)
 
 
+@pytest.mark.parametrize("ids", [None, 5, iter([1, 2]), range(10**12), ["a"], [1.5], [[1, 2]]])
+def test_what_is_no_sequence_of_tokens_is_refused(ids: Any, demo_bundle: Path) -> None:
+    with bundlefmt.load_model(demo_bundle) as model:
+        for use in (model.logits, model.generate):
+            with pytest.raises(UsageError):
+                use(ids)
+        with pytest.raises(UsageError, match="a loaded model"):
+            model.generate([1], draft=demo_bundle)
+
+
 def test_a_forked_process_is_refused_the_model_of_its_parent(demo_bundle: Path) -> None:
     with bundlefmt.load_model(demo_bundle) as model:
         child = os.fork()

@@ -112,7 +112,7 @@ class Decoder:
     def forward(self, ids: Sequence[int], cache: list[LayerCache]) -> Floats:
         """Hidden states float32 [tokens, width of the head] of tokens that follow the cache."""
         before = cache[0].length
-        tokens = self.check(ids, before + len(ids))
+        tokens = self.check(ids, before)
         with self.exclusive():
             self._latest = ref(cache[0])
             return self._pass(tokens, before, cache)
@@ -186,25 +186,28 @@ class Decoder:
         with self._lock:
             yield
 
-    def check(self, ids: Sequence[int], count: int) -> list[int]:
-        """The ids as plain integers. Raises UsageError unless they are tokens of the model and
-        `count` tokens fit its context."""
+    def check(self, ids: Sequence[int], others: int = 0) -> list[int]:
+        """The ids as plain integers. Raises UsageError unless they are tokens of the model, and fit
+        its context together with so many others."""
         try:
+            count = len(ids) + others
+            if count > self.config.context:
+                raise UsageError(
+                    "more tokens than the model's context",
+                    expected=f"at most {self.config.context}",
+                    found=count,
+                )
             tokens = [operator.index(token) for token in ids]
         except TypeError:
-            raise UsageError("tokens are integers", field="ids", found=repr(ids)[:40]) from None
+            raise UsageError(
+                "tokens are a sequence of integers", field="ids", found=repr(ids)[:40]
+            ) from None
         if not tokens:
             raise UsageError("no tokens", field="ids", expected="one or more")
         wrong = [token for token in tokens if not 0 <= token < self.vocabulary]
         if wrong:
             raise UsageError(
                 "no such token", field="ids", expected=f"0..{self.vocabulary - 1}", found=wrong[0]
-            )
-        if self.config.context is not None and count > self.config.context:
-            raise UsageError(
-                "more tokens than the model's context",
-                expected=f"at most {self.config.context}",
-                found=count,
             )
         return tokens
 

@@ -117,7 +117,8 @@ class Model:
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """float32 [tokens, vocabulary]; keys and values are not kept between calls."""
-        return self.decoder.logits(self.decoder.forward(ids, self._new_cache(len(ids))))
+        tokens = self.decoder.check(ids)
+        return self.decoder.logits(self.decoder.forward(tokens, self._new_cache(len(tokens))))
 
     def generate(
         self,
@@ -149,9 +150,9 @@ class Model:
     ) -> Iterator[int]:
         """Like `generate`, one id at a time as they are made."""
         max_new_tokens = check_count("max_new_tokens", max_new_tokens)
-        # The last token that is made is never itself an input.
-        length = len(ids) + max(max_new_tokens - 1, 0)
-        tokens = self.decoder.check(ids, length)
+        fed = max(max_new_tokens - 1, 0)  # the last token that is made is never itself an input
+        tokens = self.decoder.check(ids, fed)
+        length = len(tokens) + fed
         sampling = sampling or Sampling()
         drafting = None
         if draft is not None:
@@ -160,6 +161,8 @@ class Model:
 
     def _drafting(self, draft: Model, tokens: int, sampling: Sampling, length: int) -> Draft:
         """The draft at work on a text of that length."""
+        if not isinstance(draft, Model):
+            raise UsageError("a draft is a loaded model", field="draft", found=repr(draft)[:40])
         if sampling.temperature:
             raise UsageError(
                 "a draft is for greedy text",
