@@ -73,25 +73,21 @@ class _AddedToken(msgspec.Struct):
 
 def load_tokenizer(file: BundleFile) -> tokenizers.Tokenizer:
     """The tokenizer of a bundle file, as transformers would use it: without truncation and
-    padding, with the beginning and end of text that tokenizer_config.json asks for.
+    padding.
 
     It is made from tokenizer.json; else from vocab.json and merges.txt, for models with GPT-2's
     tokenizer; else by transformers, where that is installed. Raises UsageError when there is none,
     or none that can be used without transformers, FormatError for one that is damaged or hostile.
     """
     carried = file.blob_names
-    config = _json_object(file, _CONFIG)
     if TOKENIZER in carried:
-        tokenizer = _from_json(file)
-    elif _VOCABULARY in carried and _MERGES in carried and _is_gpt2(file, config):
-        tokenizer = _gpt2(file, config)
-    elif any(name in carried for name in _CONVERTIBLE):
+        return _from_json(file)
+    config = _json_object(file, _SPECIAL) | _json_object(file, _CONFIG)
+    if _VOCABULARY in carried and _MERGES in carried and _is_gpt2(file, config):
+        return _gpt2(file, config)
+    if any(name in carried for name in _CONVERTIBLE):
         return _converted(file)
-    else:
-        raise UsageError("the file carries no tokenizer", file=file.path, field=TOKENIZER)
-    with understood(file.path, _CONFIG):
-        _add_ends(tokenizer, _json_object(file, _SPECIAL) | config)
-    return tokenizer
+    raise UsageError("the file carries no tokenizer", file=file.path, field=TOKENIZER)
 
 
 @contextmanager
@@ -100,9 +96,8 @@ def understood(path: str | os.PathLike[str], field: str) -> Iterator[None]:
     try:
         yield
     except FormatError as error:
-        raise FormatError(
-            error.what, file=path, field=", ".join(filter(None, [field, error.field]))
-        ) from None
+        error.file, error.field = path, f"{field}, {error.field}" if error.field else field
+        raise
     except (BundleError, KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # a panic is no Exception
@@ -159,6 +154,13 @@ def _check_steps(steps: list[dict[str, Any]]) -> None:
         pattern = step.get("Regex")
         if isinstance(pattern, str) and len(pattern) > _MOST_PATTERN:
             raise _too_much("characters of a pattern", _MOST_PATTERN, len(pattern))
+        if step.get("type") == "Strip" and step.get("stop"):
+            raise FormatError(
+                "tokenizer refused: the library panics where a decoder strips the ends of tokens",
+                field="decoder",
+                expected="stop 0",
+                found=step["stop"],
+            )
 
 
 def _check_expansion(name: str, steps: list[dict[str, Any]]) -> None:
@@ -225,7 +227,10 @@ def _check_templates(steps: list[dict[str, Any]]) -> None:
 
 def _too_much(what: str, most: int, found: object, *, field: str | None = None) -> FormatError:
     return FormatError(
-        f"tokenizer refused: too many {what}, expected at most {most:,}, found {found}", field=field
+        f"tokenizer refused: too many {what}",
+        field=field,
+        expected=f"at most {most}",
+        found=found,
     )
 
 
@@ -247,26 +252,6 @@ def _token(config: dict[str, Any], name: str) -> str | None:
     found = config.get(name)
     content = found.get("content") if isinstance(found, dict) else found
     return content if isinstance(content, str) else None
-
-
-def _add_ends(tokenizer: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
-    """Begin and end texts as tokenizer_config.json says, where it says so: transformers lets it
-    decide, and tokenizer.json may know nothing of it (DeepSeek's)."""
-    if not {"add_bos_token", "add_eos_token"} & set(config):
-        return
-    ids = {}
-    pieces = ["$A"]
-    for name, place in (("bos_token", 0), ("eos_token", 2)):
-        token = _token(config, name)
-        if token is None or not config.get(f"add_{name}"):
-            continue
-        number = tokenizer.token_to_id(token)
-        if number is not None:
-            ids[token] = number
-            pieces.insert(place, token)
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single=pieces, pair=[*pieces, "$B"], special_tokens=list(ids.items())
-    )
 
 
 def _is_gpt2(file: BundleFile, config: dict[str, Any]) -> bool:
@@ -299,6 +284,13 @@ def _gpt2(file: BundleFile, config: dict[str, Any]) -> tokenizers.Tokenizer:
             if token in vocabulary
         ]
     )
+    first = _token(config, "bos_token") or _END
+    if config.get("add_bos_token") and first in vocabulary:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=[first, "$A"],
+            pair=[first, "$A", "$B"],
+            special_tokens=[(first, vocabulary[first])],
+        )
     return tokenizer
 
 
