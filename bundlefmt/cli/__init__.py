@@ -92,7 +92,8 @@ def _command(argv: Sequence[str] | None) -> int:
         raise
     except OSError as error:
         sys.stdout.flush()  # raises again if it was standard output's
-        complain(error, args.command)
+        where = f"{error.filename}: " if error.filename else ""
+        complain(f"{where}{error.strerror or error}", args.command)
         return 1
     except MemoryError as error:
         complain(f"out of memory: {error}" if str(error) else "out of memory", args.command)
