@@ -169,7 +169,10 @@ def test_an_interrupt_at_any_moment_is_one_line_and_status_130(
     [
         ["open {out}"],
         ["os.rename {out}"],
-        ["open {out}", "os.remove"],  # a second one, while the first one's leavings are removed
+        [
+            "os.rename {out}",
+            "os.remove",
+        ],  # a second one, while the first one's leavings are removed
     ],
 )
 def test_an_interrupt_leaves_nothing_behind(
@@ -204,26 +207,46 @@ def test_a_program_that_calls_main_keeps_its_own_handler(demo_bundle: Path) -> N
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)) == before
 
 
-def test_a_lost_interrupt_comes_again(tmp_path: Path) -> None:
-    """One that a finaliser swallows, as Python prints it and goes on."""
-    code = """
-        import os, signal, sys, threading
-        from bundlefmt.cli.interrupts import Interrupts
+LOST = {
+    # Python prints it and goes on.
+    "in a finaliser": """
+class Thing:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
 
-        class Thing:
-            def __del__(self):
-                os.kill(os.getpid(), signal.SIGINT)
+thing = Thing()
+del thing
+""",
+    # The module makes another error of it, as NumPy may.
+    "in an import": "import broken",
+}
+BROKEN = """
+import os, signal
 
-        try:
-            with Interrupts(lasting=True):
-                thing = Thing()
-                del thing
-                threading.Event().wait(60)
-        except KeyboardInterrupt:
-            sys.exit(3)
-    """
-    (tmp_path / "lost.py").write_text(textwrap.dedent(code))
-    done = shell(f"{sys.executable} {tmp_path / 'lost.py'}")
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    whole = True
+except BaseException:
+    raise ImportError("broken")
+"""
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_a_lost_interrupt_comes_again(tmp_path: Path, case: str) -> None:
+    code = f"""
+import os, signal, sys, threading
+from bundlefmt.cli.interrupts import Interrupts
+
+try:
+    with Interrupts(lasting=True):
+{textwrap.indent(LOST[case], " " * 8)}
+        threading.Event().wait(60)
+except KeyboardInterrupt:
+    sys.exit(3)
+"""
+    (tmp_path / "lost.py").write_text(code)
+    (tmp_path / "broken.py").write_text(BROKEN)
+    done = shell(f"cd {tmp_path}; {sys.executable} lost.py")
     assert (done.returncode, done.stderr) == (3, "")
 
 
