@@ -172,7 +172,7 @@ def test_an_interrupt_at_any_moment_is_one_line_and_status_130(
         [
             "os.rename {out}",
             "os.remove",
-        ],  # a second one, while the first one's leavings are removed
+        ],  # again, while that is removed
     ],
 )
 def test_an_interrupt_leaves_nothing_behind(
