@@ -385,6 +385,8 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
         "UNK",
     ),
     "nothing but steps": ({"decoder": sequence(*[{"type": "Fuse"}] * 300)}, "too many steps"),
+    "a long normalizer": ({"normalizer": [""] * (2 << 20)}, "normalizer: .*too many bytes"),
+    "many values": ({"junk": [0] * 4_000_001}, "too many values"),
     "no model": ({"model": None}, "not understood"),
     "deep nesting": ({"normalizer": None, "version": "1.0", "model": []}, "not understood"),
 }

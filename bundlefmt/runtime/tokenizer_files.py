@@ -35,6 +35,8 @@ _CONVERTIBLE = ("tokenizer.model", _VOCABULARY, "vocab.txt")  # what transformer
 _COMPANIONS = (_CONFIG, _SPECIAL, _ADDED, _MERGES, "config.json")
 
 _MOST_BYTES = 64 << 20  # of a tokenizer.json; the largest in use has 34 MB
+_MOST_VALUES = 4_000_000  # in it; some 1.5 million are used, each may take the library 94 bytes
+_MOST_STEP_BYTES = 4 << 20  # of all normalizers, say; a character map has 0.5 MB
 _MOST_STEPS = 256  # normalizers, pre-tokenizers, decoders and post-processors in all
 _MOST_PATTERN = 16 << 10  # characters of a regular expression
 _MOST_EXPANSION = 1024  # bytes that one byte of text may become; T5's may become 99
@@ -51,6 +53,7 @@ _END = "<|endoftext|>"
 
 
 _NOTHING = Raw(b"null")
+_STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 
 class _File(msgspec.Struct):
@@ -114,12 +117,15 @@ def _checked(data: bytes) -> bytes:
     would take too much time or memory for."""
     if len(data) > _MOST_BYTES:
         raise _too_much("bytes", _MOST_BYTES, len(data))
+    if data.count(b",") > _MOST_VALUES:
+        raise _too_much("values", _MOST_VALUES, data.count(b","))
     try:
         file = msgspec.json.decode(data, type=_File)
-        steps = {
-            name: list(_steps(msgspec.json.decode(getattr(file, name))))
-            for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")
-        }
+        parts = {name: getattr(file, name) for name in _STEPS}
+        for name, part in parts.items():
+            if len(part) > _MOST_STEP_BYTES:
+                raise _too_much("bytes", _MOST_STEP_BYTES, len(part), field=name)
+        steps = {name: list(_steps(msgspec.json.decode(part))) for name, part in parts.items()}
         added = msgspec.json.decode(file.added_tokens, type=list[_AddedToken])
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise FormatError(f"tokenizer not understood: {error}") from None
