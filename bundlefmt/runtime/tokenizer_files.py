@@ -34,7 +34,7 @@ _VOCABULARY, _MERGES, _ADDED = "vocab.json", "merges.txt", "added_tokens.json"
 _CONVERTIBLE = ("tokenizer.model", _VOCABULARY, "vocab.txt")  # what transformers converts
 _COMPANIONS = (_CONFIG, _SPECIAL, _ADDED, _MERGES, "config.json")
 
-_MOST_BYTES = 64 << 20  # of a tokenizer.json; the largest in use has 34 MB
+_MOST_BYTES = 64 << 20  # of a file; the largest tokenizer.json in use has 34 MB
 _MOST_VALUES = 4_000_000  # in it; some 1.5 million are used, each may take the library 94 bytes
 _MOST_STEP_BYTES = 4 << 20  # of all normalizers, say; a character map has 0.5 MB
 _MOST_STEPS = 256  # normalizers, pre-tokenizers, decoders and post-processors in all
@@ -99,7 +99,8 @@ def understood(path: str | os.PathLike[str], field: str) -> Iterator[None]:
     try:
         yield
     except FormatError as error:
-        error.file, error.field = path, f"{field}, {error.field}" if error.field else field
+        if error.file is None:
+            error.file, error.field = path, f"{field}, {error.field}" if error.field else field
         raise
     except (BundleError, KeyboardInterrupt, SystemExit, MemoryError):
         raise
@@ -109,14 +110,25 @@ def understood(path: str | os.PathLike[str], field: str) -> Iterator[None]:
 
 def _from_json(file: BundleFile) -> tokenizers.Tokenizer:
     with understood(file.path, TOKENIZER):
-        return tokenizers.Tokenizer.from_buffer(_checked(file.blob(TOKENIZER)))
+        return tokenizers.Tokenizer.from_buffer(_checked(_blob(file, TOKENIZER)))
+
+
+def _blob(file: BundleFile, name: str) -> bytes:
+    data = file.blob(name)
+    if len(data) > _MOST_BYTES:
+        raise FormatError(
+            "tokenizer refused: too many bytes",
+            file=file.path,
+            field=name,
+            expected=f"at most {_MOST_BYTES}",
+            found=len(data),
+        )
+    return data
 
 
 def _checked(data: bytes) -> bytes:
     """The tokenizer.json without truncation and padding. Raises FormatError for what the library
     would take too much time or memory for."""
-    if len(data) > _MOST_BYTES:
-        raise _too_much("bytes", _MOST_BYTES, len(data))
     if data.count(b",") > _MOST_VALUES:
         raise _too_much("values", _MOST_VALUES, data.count(b","))
     try:
@@ -245,7 +257,7 @@ def _json_object(file: BundleFile, name: str) -> dict[str, Any]:
     if name not in file.blob_names:
         return {}
     try:
-        found = json.loads(file.blob(name))
+        found = json.loads(_blob(file, name))
         if not isinstance(found, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
@@ -272,7 +284,7 @@ def _gpt2(file: BundleFile, config: dict[str, Any]) -> tokenizers.Tokenizer:
     """Byte-level BPE, as transformers' GPT2Tokenizer makes it of vocab.json and merges.txt."""
     vocabulary = _json_object(file, _VOCABULARY)
     with understood(file.path, f"{_VOCABULARY}, {_MERGES}"):
-        lines = file.blob(_MERGES).decode().split("\n")
+        lines = _blob(file, _MERGES).decode().split("\n")
         merges = []
         for line in lines:
             if line and not line.startswith("#version"):
@@ -315,7 +327,7 @@ def _converted(file: BundleFile) -> tokenizers.Tokenizer:
         ) from None
     with tempfile.TemporaryDirectory() as folder:
         for name in carried:
-            Path(folder, name).write_bytes(file.blob(name))
+            Path(folder, name).write_bytes(_blob(file, name))
         with understood(file.path, carried[0]):
             found = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
