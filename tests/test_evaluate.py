@@ -41,7 +41,7 @@ def by_hand(path: Path, ids: list[int], context: int) -> float:
     return total / (len(ids) - 1)
 
 
-@pytest.mark.parametrize("context", [8, 9, 64])
+@pytest.mark.parametrize("context", [2, 3, 8, 9, 64])
 def test_perplexity_is_that_of_the_logits(demo_bundle: Path, text: Path, context: int) -> None:
     report = bundlefmt.evaluate(demo_bundle, text, max_tokens=40, context=context)
     with bundlefmt.open(demo_bundle) as file:
@@ -130,6 +130,9 @@ def test_bits_per_byte_are_of_the_bytes_scored(demo_bundle: Path, text: Path) ->
         (None, {}, "cannot be read"),
         (b"ROMEO:", {"max_tokens": 1}, "max_tokens"),
         (b"ROMEO:", {"context": 1}, "context"),
+        (b"ROMEO:", {"context": -5, "memory": 1 << 30}, "context"),
+        (b"ROMEO:", {"context": "8"}, "context"),
+        (b"ROMEO:", {"max_tokens": 2.5}, "max_tokens"),
         (b"ROMEO:", {"context": 257}, "context"),
         (b"ROMEO:", {"mode": "guess"}, "unknown mode"),
         (b"ROMEO:", {"memory": 1}, "too little memory"),

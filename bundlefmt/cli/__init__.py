@@ -7,6 +7,7 @@ with.
 
 from __future__ import annotations
 
+import os
 import sys
 
 TYPE_CHECKING = False  # as in typing, which takes longer to import than all of this
@@ -29,6 +30,7 @@ COMMANDS = (
     "calibrate",
     "doctor",
 )
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,15 +38,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments are its own, and once the command is done, no interrupt changes its status."""
     try:
         from bundlefmt.cli.interrupts import Interrupts
-
+    except KeyboardInterrupt:
+        if argv is None:  # nothing is begun, and another one would not be dealt with
+            _say_interrupted(argv)
+            os._exit(INTERRUPTED)
+        raise
+    try:
         with Interrupts(lasting=argv is None):
             return _run(argv)
     except KeyboardInterrupt:
-        from bundlefmt.cli.output import complain
+        _say_interrupted(argv)
+        return INTERRUPTED
 
-        given = sys.argv[1:] if argv is None else argv
-        complain("interrupted", next((arg for arg in given if arg in COMMANDS), None))
-        return 130
+
+def _say_interrupted(argv: Sequence[str] | None) -> None:
+    given = sys.argv[1:] if argv is None else argv
+    name = next((f"bundlefmt {arg}" for arg in given if arg in COMMANDS), "bundlefmt")
+    try:  # without `output`, whose imports take time that may not be left
+        sys.stderr.write(f"{name}: interrupted\n")
+        sys.stderr.flush()
+    except (AttributeError, OSError):  # closed, or nobody reads it
+        pass
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -80,7 +94,8 @@ def _command(argv: Sequence[str] | None) -> int:
         raise
     except OSError as error:
         sys.stdout.flush()  # raises again if it was standard output's
-        complain(error, args.command)
+        where = f"{error.filename}: " if error.filename else ""
+        complain(f"{where}{error.strerror or error}", args.command)
         return 1
     except MemoryError as error:
         complain(f"out of memory: {error}" if str(error) else "out of memory", args.command)

@@ -34,7 +34,9 @@ _VOCABULARY, _MERGES, _ADDED = "vocab.json", "merges.txt", "added_tokens.json"
 _CONVERTIBLE = ("tokenizer.model", _VOCABULARY, "vocab.txt")  # what transformers converts
 _COMPANIONS = (_CONFIG, _SPECIAL, _ADDED, _MERGES, "config.json")
 
-_MOST_BYTES = 64 << 20  # of a tokenizer.json; the largest in use has 34 MB
+_MOST_BYTES = 64 << 20  # of a file; the largest tokenizer.json in use has 34 MB
+_MOST_VALUES = 4_000_000  # in it; some 1.5 million are used, each may take the library 94 bytes
+_MOST_STEP_BYTES = 4 << 20  # of all normalizers, say; a character map has 0.5 MB
 _MOST_STEPS = 256  # normalizers, pre-tokenizers, decoders and post-processors in all
 _MOST_PATTERN = 16 << 10  # characters of a regular expression
 _MOST_EXPANSION = 1024  # bytes that one byte of text may become; T5's may become 99
@@ -51,6 +53,7 @@ _END = "<|endoftext|>"
 
 
 _NOTHING = Raw(b"null")
+_STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 
 class _File(msgspec.Struct):
@@ -73,25 +76,21 @@ class _AddedToken(msgspec.Struct):
 
 def load_tokenizer(file: BundleFile) -> tokenizers.Tokenizer:
     """The tokenizer of a bundle file, as transformers would use it: without truncation and
-    padding, with the beginning and end of text that tokenizer_config.json asks for.
+    padding.
 
     It is made from tokenizer.json; else from vocab.json and merges.txt, for models with GPT-2's
     tokenizer; else by transformers, where that is installed. Raises UsageError when there is none,
     or none that can be used without transformers, FormatError for one that is damaged or hostile.
     """
     carried = file.blob_names
-    config = _json_object(file, _CONFIG)
     if TOKENIZER in carried:
-        tokenizer = _from_json(file)
-    elif _VOCABULARY in carried and _MERGES in carried and _is_gpt2(file, config):
-        tokenizer = _gpt2(file, config)
-    elif any(name in carried for name in _CONVERTIBLE):
+        return _from_json(file)
+    config = _json_object(file, _SPECIAL) | _json_object(file, _CONFIG)
+    if _VOCABULARY in carried and _MERGES in carried and _is_gpt2(file, config):
+        return _gpt2(file, config)
+    if any(name in carried for name in _CONVERTIBLE):
         return _converted(file)
-    else:
-        raise UsageError("the file carries no tokenizer", file=file.path, field=TOKENIZER)
-    with understood(file.path, _CONFIG):
-        _add_ends(tokenizer, _json_object(file, _SPECIAL) | config)
-    return tokenizer
+    raise UsageError("the file carries no tokenizer", file=file.path, field=TOKENIZER)
 
 
 @contextmanager
@@ -100,9 +99,9 @@ def understood(path: str | os.PathLike[str], field: str) -> Iterator[None]:
     try:
         yield
     except FormatError as error:
-        raise FormatError(
-            error.what, file=path, field=", ".join(filter(None, [field, error.field]))
-        ) from None
+        if error.file is None:
+            error.file, error.field = path, f"{field}, {error.field}" if error.field else field
+        raise
     except (BundleError, KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # a panic is no Exception
@@ -111,20 +110,34 @@ def understood(path: str | os.PathLike[str], field: str) -> Iterator[None]:
 
 def _from_json(file: BundleFile) -> tokenizers.Tokenizer:
     with understood(file.path, TOKENIZER):
-        return tokenizers.Tokenizer.from_buffer(_checked(file.blob(TOKENIZER)))
+        return tokenizers.Tokenizer.from_buffer(_checked(_blob(file, TOKENIZER)))
+
+
+def _blob(file: BundleFile, name: str) -> bytes:
+    data = file.blob(name)
+    if len(data) > _MOST_BYTES:
+        raise FormatError(
+            "tokenizer refused: too many bytes",
+            file=file.path,
+            field=name,
+            expected=f"at most {_MOST_BYTES}",
+            found=len(data),
+        )
+    return data
 
 
 def _checked(data: bytes) -> bytes:
     """The tokenizer.json without truncation and padding. Raises FormatError for what the library
     would take too much time or memory for."""
-    if len(data) > _MOST_BYTES:
-        raise _too_much("bytes", _MOST_BYTES, len(data))
+    if data.count(b",") > _MOST_VALUES:
+        raise _too_much("values", _MOST_VALUES, data.count(b","))
     try:
         file = msgspec.json.decode(data, type=_File)
-        steps = {
-            name: list(_steps(msgspec.json.decode(getattr(file, name))))
-            for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")
-        }
+        parts = {name: getattr(file, name) for name in _STEPS}
+        for name, part in parts.items():
+            if len(part) > _MOST_STEP_BYTES:
+                raise _too_much("bytes", _MOST_STEP_BYTES, len(part), field=name)
+        steps = {name: list(_steps(msgspec.json.decode(part))) for name, part in parts.items()}
         added = msgspec.json.decode(file.added_tokens, type=list[_AddedToken])
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise FormatError(f"tokenizer not understood: {error}") from None
@@ -159,6 +172,13 @@ def _check_steps(steps: list[dict[str, Any]]) -> None:
         pattern = step.get("Regex")
         if isinstance(pattern, str) and len(pattern) > _MOST_PATTERN:
             raise _too_much("characters of a pattern", _MOST_PATTERN, len(pattern))
+        if step.get("type") == "Strip" and step.get("stop"):
+            raise FormatError(
+                "tokenizer refused: the library panics where a decoder strips the ends of tokens",
+                field="decoder",
+                expected="stop 0",
+                found=step["stop"],
+            )
 
 
 def _check_expansion(name: str, steps: list[dict[str, Any]]) -> None:
@@ -225,7 +245,10 @@ def _check_templates(steps: list[dict[str, Any]]) -> None:
 
 def _too_much(what: str, most: int, found: object, *, field: str | None = None) -> FormatError:
     return FormatError(
-        f"tokenizer refused: too many {what}, expected at most {most:,}, found {found}", field=field
+        f"tokenizer refused: too many {what}",
+        field=field,
+        expected=f"at most {most}",
+        found=found,
     )
 
 
@@ -234,7 +257,7 @@ def _json_object(file: BundleFile, name: str) -> dict[str, Any]:
     if name not in file.blob_names:
         return {}
     try:
-        found = json.loads(file.blob(name))
+        found = json.loads(_blob(file, name))
         if not isinstance(found, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
@@ -249,26 +272,6 @@ def _token(config: dict[str, Any], name: str) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def _add_ends(tokenizer: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
-    """Begin and end texts as tokenizer_config.json says, where it says so: transformers lets it
-    decide, and tokenizer.json may know nothing of it (DeepSeek's)."""
-    if not {"add_bos_token", "add_eos_token"} & set(config):
-        return
-    ids = {}
-    pieces = ["$A"]
-    for name, place in (("bos_token", 0), ("eos_token", 2)):
-        token = _token(config, name)
-        if token is None or not config.get(f"add_{name}"):
-            continue
-        number = tokenizer.token_to_id(token)
-        if number is not None:
-            ids[token] = number
-            pieces.insert(place, token)
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single=pieces, pair=[*pieces, "$B"], special_tokens=list(ids.items())
-    )
-
-
 def _is_gpt2(file: BundleFile, config: dict[str, Any]) -> bool:
     """Whether the tokenizer is GPT-2's and its files say all of it."""
     named = config.get("tokenizer_class")
@@ -281,7 +284,7 @@ def _gpt2(file: BundleFile, config: dict[str, Any]) -> tokenizers.Tokenizer:
     """Byte-level BPE, as transformers' GPT2Tokenizer makes it of vocab.json and merges.txt."""
     vocabulary = _json_object(file, _VOCABULARY)
     with understood(file.path, f"{_VOCABULARY}, {_MERGES}"):
-        lines = file.blob(_MERGES).decode().split("\n")
+        lines = _blob(file, _MERGES).decode().split("\n")
         merges = []
         for line in lines:
             if line and not line.startswith("#version"):
@@ -299,6 +302,13 @@ def _gpt2(file: BundleFile, config: dict[str, Any]) -> tokenizers.Tokenizer:
             if token in vocabulary
         ]
     )
+    first = _token(config, "bos_token") or _END
+    if config.get("add_bos_token") and first in vocabulary:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=[first, "$A"],
+            pair=[first, "$A", "$B"],
+            special_tokens=[(first, vocabulary[first])],
+        )
     return tokenizer
 
 
@@ -317,7 +327,7 @@ def _converted(file: BundleFile) -> tokenizers.Tokenizer:
         ) from None
     with tempfile.TemporaryDirectory() as folder:
         for name in carried:
-            Path(folder, name).write_bytes(file.blob(name))
+            Path(folder, name).write_bytes(_blob(file, name))
         with understood(file.path, carried[0]):
             found = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
