@@ -300,7 +300,7 @@ def _orthonormal(columns: Floats) -> Floats:
     small steps, which threads of BLAS that share their cores with others take ages for."""
     wide = columns.astype(np.float64)
     values, vectors = np.linalg.eigh(wide.T @ wide)
-    largest = np.flatnonzero(values > values.max(initial=0.0) * _LEAST_SQUARE)[::-1]
+    largest = np.flatnonzero(values > values.max(initial=0) * _LEAST_SQUARE)[::-1]
     scaled = vectors[:, largest] / np.sqrt(values[largest])
     basis: Floats = columns @ scaled.astype(np.float32)
     return basis

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from bundlefmt import kernels
-from bundlefmt.errors import FormatError, UsageError
+from bundlefmt.errors import UsageError
 from bundlefmt.file import BundleFile
 from bundlefmt.flash.cache import NeuronCache
 from bundlefmt.kernels import Floats
@@ -69,15 +69,7 @@ class Decoder:
             attention = AttentionLayer(config, weights, i)
             second = weights.norm(ffn_norm, config.d_model, i)
             fed = second if config.norm_first else first
-            group = file.group(i)
-            if group.d_model != config.d_model:
-                raise FormatError(
-                    "FFN of another width than the model's",
-                    field=group.label,
-                    expected=config.d_model,
-                    found=group.d_model,
-                )
-            ffn = FfnLayer(file, group, streamer, selecting, fed, self.clock, caches[i])
+            ffn = FfnLayer(file, file.group(i), streamer, selecting, fed, self.clock, caches[i])
             self._layers.append(Layer(first, attention, second, ffn))
 
     @property

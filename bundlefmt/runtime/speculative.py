@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
-from bundlefmt.errors import integer
+from bundlefmt.errors import UsageError
 from bundlefmt.kernels import FEW_TOKENS
 from bundlefmt.runtime.attention import LayerCache
 from bundlefmt.runtime.decoder import Decoder
@@ -50,10 +50,13 @@ class Draft:
     def __init__(
         self, decoder: Decoder, seen: list[LayerCache], tokens: int, stats: DraftStats
     ) -> None:
+        if not 1 <= tokens < FEW_TOKENS:  # with the token before them, they go through the cache
+            raise UsageError(
+                "out of range", field="draft_tokens", expected=f"1..{FEW_TOKENS - 1}", found=tokens
+            )
         self._decoder = decoder
         self._seen = seen
-        # With the token before them, they go through the cache.
-        self._tokens = integer(tokens, "draft_tokens", 1, FEW_TOKENS - 1)
+        self._tokens = tokens
         self._stats = stats
 
     def read(self, text: Sequence[int]) -> None:
