@@ -25,7 +25,12 @@ from bundlefmt.checkpoints.sources import read_safetensors
 from bundlefmt.errors import LONGEST, BundleError, FormatError, ReadError, UsageError
 from bundlefmt.layout import header as headers
 from bundlefmt.layout import superblock
-from bundlefmt.layout.constants import MAX_BLOB_LENGTH, MAX_HEADER_DEPTH, MAX_HEADER_LENGTH
+from bundlefmt.layout.constants import (
+    MAX_BLOB_LENGTH,
+    MAX_HEADER_DEPTH,
+    MAX_HEADER_LENGTH,
+    MAX_HEADER_MARKS,
+)
 from tests.conftest import FIXTURES, VECTORS
 from tools import fuzz_files
 from tools.alterations import edited, header_of, rle_frame, with_header, with_superblock
@@ -298,6 +303,19 @@ def test_nesting_as_deep_as_a_header_can_be_is_refused(
     )
     with pytest.raises(FormatError):
         bundlefmt.open(path)
+
+
+@pytest.mark.parametrize("piece", [b"[],", b"{},", b'"",', b"0,"])
+@pytest.mark.parametrize("place", [b'{"x":[', b'{"required_features":['])
+def test_a_header_of_too_many_values_is_not_parsed(
+    piece: bytes, place: bytes, tmp_path: Path
+) -> None:
+    text = place + piece * (MAX_HEADER_MARKS + 1) + b'""],'
+    path = tmp_path / "x.bundle"
+    path.write_bytes(with_header(PLAIN, text + json.dumps(header_of(PLAIN)).encode()[1:]))
+    with pytest.raises(FormatError, match="too many values") as caught:
+        bundlefmt.open(path)
+    assert caught.value.field == "header"
 
 
 @pytest.mark.parametrize("length", [MAX_HEADER_LENGTH + 1, 100 << 20])
