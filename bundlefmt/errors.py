@@ -70,7 +70,7 @@ class BundleError(Exception):
         place = _shortened(self.field or "", cut)
         if self.offset is not None:
             place = f"{place} at byte {self.offset}".strip()
-        file = "" if self.file is None else _shortened(os.fsdecode(self.file), cut)
+        file = "" if self.file is None else _shortened(self.file, cut)
         compared = ", ".join(f"{word} {_shortened(v, cut)}" for word, v in self._compared.items())
         return ": ".join(filter(None, [file, place, _shortened(self.what, cut), compared]))
 

@@ -158,7 +158,7 @@ class BundleFile:
     def document(self, name: str) -> dict[str, Any]:
         """A carried JSON file as a dict; {} when there is none of that name. Raises FormatError
         when it is not a JSON object of at most 16 MiB."""
-        if name not in self._blobs:
+        if name not in self.blob_names:
             return {}
         data = self._blobs[name].data
         length = data.length if data.decoded_length is None else data.decoded_length

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,20 @@ from hypothesis import strategies as st
 
 import bundlefmt
 from bundlefmt.checkpoints.sources import read_safetensors
-from bundlefmt.errors import FormatError, ReadError
-from bundlefmt.layout import dtypes, superblock
+from bundlefmt.errors import LONGEST, BundleError, FormatError, ReadError, UsageError
 from bundlefmt.layout import header as headers
-from bundlefmt.layout.constants import MAX_HEADER_DEPTH, MAX_HEADER_LENGTH
+from bundlefmt.layout import superblock
+from bundlefmt.layout.constants import (
+    MAX_BLOB_LENGTH,
+    MAX_HEADER_DEPTH,
+    MAX_HEADER_LENGTH,
+    MAX_HEADER_MARKS,
+)
 from tests.conftest import FIXTURES, VECTORS
+from tools import fuzz_files
 from tools.alterations import edited, header_of, rle_frame, with_header, with_superblock
 from tools.bad_vectors import group
+from tools.hostile_files import Case, paths_in, put_together, read_everything, run_of, taken_apart
 
 BAD: dict[str, dict[str, str]] = json.loads((VECTORS / "bad" / "errors.json").read_text())
 PLAIN = (VECTORS / "plain.bundle").read_bytes()
@@ -39,27 +47,6 @@ FUZZ = settings(
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-
-
-def read_everything(path: Path) -> None:
-    """Open the file and read all that it declares, in every way there is."""
-    with bundlefmt.open(path) as file:
-        for tensor in file.header.tensors:
-            file.tensor_bytes(tensor.name)
-            if dtypes.DTYPES[tensor.dtype][1] is not None:
-                file.tensor(tensor.name)
-        for name in file.blob_names:
-            file.blob(name)
-        _ = file.config
-        with file.reader("buffered", threads=1) as reader:
-            for found in file.groups:
-                file.order(found)
-                batch = reader.read(found.layer, np.arange(found.neurons), expert=found.expert)
-                for part in found.parts:
-                    if part.offset is None:
-                        file.resident_part(found, part.name)
-                    else:
-                        batch.part(part.name)
 
 
 def try_inspect(path: Path) -> None:
@@ -318,6 +305,19 @@ def test_nesting_as_deep_as_a_header_can_be_is_refused(
         bundlefmt.open(path)
 
 
+@pytest.mark.parametrize("piece", [b"[],", b"{},", b'"",', b"0,"])
+@pytest.mark.parametrize("place", [b'{"x":[', b'{"required_features":['])
+def test_a_header_of_too_many_values_is_not_parsed(
+    piece: bytes, place: bytes, tmp_path: Path
+) -> None:
+    text = place + piece * (MAX_HEADER_MARKS + 1) + b'""],'
+    path = tmp_path / "x.bundle"
+    path.write_bytes(with_header(PLAIN, text + json.dumps(header_of(PLAIN)).encode()[1:]))
+    with pytest.raises(FormatError, match="too many values") as caught:
+        bundlefmt.open(path)
+    assert caught.value.field == "header"
+
+
 @pytest.mark.parametrize("length", [MAX_HEADER_LENGTH + 1, 100 << 20])
 def test_a_header_beyond_the_limit_is_not_even_read(length: int, tmp_path: Path) -> None:
     path = tmp_path / "x.bundle"
@@ -359,16 +359,6 @@ def test_any_plain_name_unpacks_inside_the_folder(name: str, tmp_path: Path) -> 
 
 
 # Mutations
-
-
-def paths_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The place of every value in a JSON document."""
-    if path:
-        yield path
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, inner in items:
-            yield from paths_in(inner, (*path, key))
 
 
 VALUES = st.one_of(
@@ -567,3 +557,243 @@ def test_verifying_a_compressed_tensor_takes_no_memory_for_what_it_decodes_to(
     path.write_bytes(compressed_blob(frame, 64 << 20))
     assert peak_of(lambda: bundlefmt.verify(path)) < 8 << 20
     assert bundlefmt.verify(path).ok
+
+
+def test_a_blob_is_held_in_memory_once(tmp_path: Path) -> None:
+    path = tmp_path / "x.bundle"
+    path.write_bytes(compressed_blob(run_of(0x20, 32 << 20), 32 << 20))
+    with bundlefmt.open(path) as file:
+        assert peak_of(lambda: file.blob("config.json")) < 40 << 20
+
+
+@pytest.mark.parametrize("length", [MAX_BLOB_LENGTH + (1 << 17), 1 << 30])
+def test_a_blob_beyond_the_limit_is_not_even_read(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "x.bundle"
+    path.write_bytes(compressed_blob(run_of(0x20, length), length))
+    with pytest.raises(FormatError) as caught:
+        bundlefmt.open(path)
+    assert caught.value.field == "header.blobs[0].data"
+    assert peak_of(lambda: bundlefmt.verify(path)) < 1 << 20
+
+
+def test_a_config_of_many_megabytes_is_not_parsed(tmp_path: Path) -> None:
+    path = tmp_path / "x.bundle"
+    path.write_bytes(compressed_blob(run_of(0x20, 17 << 20), 17 << 20))
+    with bundlefmt.open(path) as file, pytest.raises(FormatError, match="too long"):
+        _ = file.config
+
+
+# Models whose parts do not fit each other
+
+
+def changed_model(path: Path, copy: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """A copy with another content, every length and checksum right."""
+    data = path.read_bytes()
+    parts = taken_apart(data)
+    change(parts)
+    copy.write_bytes(put_together(parts, data))
+    return copy
+
+
+def halve_a_layer(parts: dict[str, Any]) -> None:
+    layer = parts["groups"][1]
+    layer["d_model"] //= 2
+    for part in layer["parts"]:
+        part["length"] //= 2
+
+
+@pytest.mark.parametrize("tokens", [1, 20], ids=["the core", "NumPy"])
+def test_an_ffn_of_another_width_than_the_model_is_refused(
+    tokens: int, small_bundle: Path, tmp_path: Path
+) -> None:
+    path = changed_model(small_bundle, tmp_path / "x.bundle", halve_a_layer)
+    with (
+        pytest.raises(FormatError, match=r"layer 1.*expected 32, found 16"),
+        bundlefmt.load_model(path) as model,
+    ):
+        model.logits([1] * tokens)
+
+
+@pytest.fixture(scope="module")
+def relu_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("relu") / "opt.bundle"
+    bundlefmt.pack(FIXTURES / "opt", path)
+    return path
+
+
+def fill_bundles(parts: dict[str, Any], pattern: bytes) -> None:
+    layer = parts["groups"][0]
+    layer["bundles"] = pattern * (len(layer["bundles"]) // len(pattern))
+
+
+NOT_A_NUMBER, INFINITY, LARGEST, ZERO = (
+    np.float32(number).tobytes() for number in (np.nan, np.inf, np.finfo(np.float32).max, 0)
+)
+
+
+@pytest.mark.parametrize("pattern", [NOT_A_NUMBER, INFINITY, LARGEST])
+def test_no_predictor_is_made_of_weights_that_are_not_finite(
+    pattern: bytes, relu_bundle: Path, tmp_path: Path
+) -> None:
+    path = changed_model(relu_bundle, tmp_path / "x.bundle", lambda p: fill_bundles(p, pattern))
+    with pytest.raises(FormatError, match="layer 0: no predictor can be made"):
+        bundlefmt.load_model(path, mode="predict")
+
+
+def test_a_predictor_of_weights_that_are_zero_changes_nothing(
+    relu_bundle: Path, tmp_path: Path
+) -> None:
+    path = changed_model(relu_bundle, tmp_path / "x.bundle", lambda p: fill_bundles(p, ZERO))
+    with (
+        bundlefmt.load_model(path) as dense,
+        bundlefmt.load_model(path, mode="predict") as predict,
+    ):
+        found, expected = predict.logits([1, 2, 3] * 6), dense.logits([1, 2, 3] * 6)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rank", "stored"), [(8, np.full((8, 32), np.nan, "<f2")), (32, np.full((32, 34), 255, "u1"))]
+)
+def test_a_predictor_whose_numbers_are_not_finite_is_refused(
+    rank: int, stored: np.ndarray[Any, Any], relu_bundle: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.bundle"
+    path.write_bytes(relu_bundle.read_bytes())
+    b = np.zeros((72, rank), "<f2") if rank == 8 else np.zeros((72, 34), "u1")
+    encoding = None if rank == 8 else "q8_0"
+    entry = headers.Predictor(0, "p.a", "p.b", 0.5, encoding=encoding)
+    bundlefmt.append(path, tensors={"p.a": stored, "p.b": b}, predictors=[entry])
+    with pytest.raises(FormatError, match=r"p\.a: .*not finite"):
+        bundlefmt.load_model(path, mode="predict")
+
+
+# Lines of errors
+
+PIECES = ["", "x", "x" * 5000, "\x1b[31m" * 900, "é" * 3000, "\U0001f600" * 2000, "\ud800" * 400]
+
+
+@pytest.mark.parametrize("piece", PIECES)
+@pytest.mark.parametrize("other", [PIECES[1], PIECES[5]])
+def test_an_error_is_one_short_line_whatever_it_says(piece: str, other: str) -> None:
+    error = FormatError(other, file=piece, field=other, offset=1 << 60, expected=piece, found=other)
+    assert str(error).isprintable()
+    assert len(str(error).encode()) <= LONGEST
+
+
+def kind_of(value: object) -> str:
+    """A name for a test; not of its value, which may have no text."""
+    return type(value).__name__
+
+
+@pytest.mark.parametrize(
+    "found", [10**5000, [10**5000], list(range(100000)), b"\xff" * 5000], ids=kind_of
+)
+def test_an_error_can_say_that_it_found_anything(found: object) -> None:
+    line = str(UsageError("out of range", field="gap", expected="0 or more", found=found))
+    assert line.startswith("gap: out of range: expected 0 or more, found ")
+    assert len(line.encode()) <= LONGEST
+
+
+def test_a_long_error_keeps_the_ends_of_what_it_names() -> None:
+    folder = "/a" + "/deep" * 400
+    error = FormatError("wrong", file=f"{folder}/model.bundle", field="x", found="7" * 4000 + "8")
+    line = str(error)
+    assert line.startswith("/a/deep/deep")
+    assert "/deep/model.bundle: x: wrong: found 777" in line
+    assert line.endswith("7778")
+
+
+def test_a_short_error_is_whole() -> None:
+    error = FormatError("wrong", file="f", field="x", offset=3, expected=[1], found="y" * 900)
+    assert str(error) == f"f: x at byte 3: wrong: expected [1], found {'y' * 900}"
+
+
+# Arguments
+
+NO_INTEGERS = [0.0, 0.5, float("nan"), "0", [0], (0,), {}, np.array([0]), np.float64(0)]
+
+
+@pytest.mark.parametrize("layer", [-1, 2, 1 << 200, 10**5000, None, *NO_INTEGERS], ids=kind_of)
+def test_a_group_that_cannot_be_is_refused(layer: Any, small_bundle: Path) -> None:
+    with bundlefmt.open(small_bundle) as file, file.reader() as reader:
+        for call in (
+            lambda: file.group(layer),
+            lambda: reader.read(layer, [0]),
+            lambda: reader.read(0, [0], expert=0 if layer is None else layer),
+        ):
+            with pytest.raises(UsageError, match="no such group"):
+                call()
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        *[[-1], [72], [1 << 63], [1 << 200], [10**5000], [np.int8(-1)]],
+        *[[True], [None], ["0"], [[0]], [[0], [1, 2]], NO_INTEGERS[:3]],
+        *[None, 5, 0.5, "0", b"0", {1}, iter([1])],
+        *[np.array([0, None]), np.array([0], "M8[s]"), np.array([1 << 63], np.uint64)],
+    ],
+    ids=kind_of,
+)
+def test_neurons_that_cannot_be_are_refused(ids: Any, small_bundle: Path) -> None:
+    with bundlefmt.open(small_bundle) as file, file.reader() as reader, pytest.raises(UsageError):
+        reader.read(0, ids)
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("gap", [-1, 1 << 60, *NO_INTEGERS]),
+        ("threads", [-1, 0, 10**9, None, *NO_INTEGERS]),
+        ("queue_depth", [-1, 0, None, *NO_INTEGERS]),
+        ("compute_threads", [-1, 0, 10**9, 1 << 200, *NO_INTEGERS]),
+        ("share", [-1, 0, 1.5, float("inf"), None, "x", []]),
+        ("mode", ["", "x", None, 5, []]),
+        ("backend", ["", "x", None, 5]),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused(
+    field: str, values: list[Any], small_bundle: Path
+) -> None:
+    for value in values:
+        with pytest.raises(UsageError):
+            bundlefmt.load_model(small_bundle, **{field: value}).close()
+
+
+def test_what_is_no_bundle_file_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "empty").touch()
+    beside = [str(tmp_path / name) for name in ("fifo", "loop", "empty", "none", "")]
+    for path in [
+        *beside,
+        *["/dev/zero", "/dev/null", "/proc/self/mem", "/proc/self/status"],
+        *["", "a\0b", "x" * 5000, "x/" * 3000, "\ud800", b"none", None, 5, 1.5],
+    ]:
+        for use in (bundlefmt.open, bundlefmt.inspect, bundlefmt.load_model):
+            with pytest.raises(BundleError) as caught:
+                use(path)
+            assert len(str(caught.value).encode()) <= LONGEST
+
+
+# Broken files and calls on them
+
+
+def fails() -> None:
+    raise ZeroDivisionError("of no BundleError")
+
+
+def test_the_fuzzer_counts_other_errors_and_long_lines_as_failures(tmp_path: Path) -> None:
+    def refuses() -> None:
+        raise FormatError("wrong")
+
+    for call, failed in ((fails, True), (refuses, False), (lambda: None, False)):
+        assert fuzz_files.outcome_of(Case("", tmp_path, call))[1] is failed
+
+
+def test_broken_files_are_refused_or_read_within_time_and_memory(tmp_path: Path) -> None:
+    """Some of the cases that .ci/run runs, which are some of those that `tools.fuzz_files` has."""
+    results = list(fuzz_files.fuzz(range(150), seed=0, folder=tmp_path / "files"))
+    assert len(results) == 150
+    assert not [result for result in results if result.failed]

@@ -344,7 +344,7 @@ def test_ids_that_are_no_neurons_are_refused(reader: Reader, ids: Any, named: st
 
 @pytest.mark.parametrize(
     ("layer", "expert", "named"),
-    [(2, None, "0..1, found 2"), (-1, None, "0..1, found -1"), (0, 0, "found 0, 0")],
+    [(2, None, "0..1, found 2"), (-1, None, "0..1, found -1"), (0, 0, "found (0, 0)")],
 )
 def test_a_group_that_is_not_there_is_refused_naming_those_that_are(
     reader: Reader, layer: int, expert: int | None, named: str

@@ -99,6 +99,7 @@ def test_the_limits_are_the_codes() -> None:
         "stride alignments, greatest": (constants.STRIDE_ALIGNMENTS[-1],),
         "header length, greatest": (constants.MAX_HEADER_LENGTH,),
         "header nesting, greatest": (constants.MAX_HEADER_DEPTH,),
+        "`,`, `[` and `{` in the header, greatest number": (constants.MAX_HEADER_MARKS,),
         "integer, greatest": (constants.MAX_INTEGER,),
         "neurons of a group, greatest": (constants.MAX_NEURONS,),
         "file name, greatest number of bytes": (constants.MAX_NAME_LENGTH,),

@@ -268,6 +268,73 @@ def _blob(parts: Json, name: str) -> Json | None:
     return next((blob for blob in parts["blobs"] if blob["name"] == name), None)
 
 
+# Keys that models of these families are computed by.
+KEYS = """activation_function alibi attention_bias bias do_layer_norm_before eos_token_id head_dim
+    hidden_act hidden_size layer_norm_epsilon layer_types max_position_embeddings max_window_layers
+    model_type multi_query new_decoder_architecture num_attention_heads num_hidden_layers
+    num_key_value_heads num_kv_heads parallel_attn partial_rotary_factor qk_layernorm rms_norm_eps
+    rope_parameters rope_scaling rope_theta sliding_window text_config tie_word_embeddings
+    use_sliding_window vocab_size word_embed_proj_dim"""
+
+
+def _change_config(dice: random.Random, parts: Json) -> None:
+    """Values that the model is computed by, and others."""
+    blob = _blob(parts, "config.json")
+    if blob is None or dice.random() < 0.3:
+        return _change_blob("config.json")(dice, parts)
+    config = json.loads(blob["data"])
+    for _ in range(dice.choice([1, 1, 2])):
+        key = dice.choice([*KEYS.split(), *config, *config])
+        rope = {"rope_type": dice.choice(["yarn", "linear", "llama3", "dynamic", "default"])}
+        rope |= dict.fromkeys(("factor", "original_max_position_embeddings"), dice.choice(VALUES))
+        config[key] = dice.choice([_nudged(dice, config.get(key)), dice.choice(VALUES), rope])
+    blob["data"] = same_kind(blob["data"], dumped(config))
+    return None
+
+
+_PADDING: Json = {"direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "<s>"}
+_PADDING |= {"strategy": {"Fixed": 0}, "pad_to_multiple_of": None}
+_TRUNCATION: Json = {"direction": "Right", "max_length": 6, "strategy": "LongestFirst", "stride": 0}
+_REPLACE: Json = {"type": "Replace", "pattern": {"Regex": "(a|a)*b"}, "content": ""}
+_SPLIT: Json = {"type": "Split", "behavior": "Isolated", "invert": False}
+_ADDED: Json = {"content": "the", "single_word": False, "lstrip": False, "rstrip": False}
+_ADDED |= {"normalized": False, "special": False}
+_WORDS: Json = {"type": "WordPiece", "unk_token": "no", "continuing_subword_prefix": "##"}
+COMPONENTS: list[Json] = [
+    *[{"padding": {**_PADDING, "strategy": {"Fixed": n}}} for n in (1000, 1 << 30, 8 << 30)],
+    *[{"padding": {**_PADDING, "pad_to_multiple_of": n}} for n in (0, 7, 1 << 33)],
+    *[{"truncation": {**_TRUNCATION, "max_length": n}} for n in (0, 1, 6)],
+    {"truncation": {**_TRUNCATION, "stride": 7}},
+    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}},
+    {"normalizer": {"type": "Prepend", "prepend": "a" * 100000}},
+    *[{"normalizer": {**_REPLACE, "content": "the" * n}} for n in (0, 1 << 20)],
+    {"normalizer": {**_REPLACE, "pattern": {"Regex": ""}, "content": "x" * 1000}},
+    {"normalizer": {**_REPLACE, "pattern": {"Regex": "("}}},
+    {"normalizer": {**_REPLACE, "pattern": {"String": "t"}, "content": "t" * 100000}},
+    {"pre_tokenizer": {**_SPLIT, "pattern": {"Regex": "(a+)+$"}}},
+    {"pre_tokenizer": {**_SPLIT, "pattern": {"Regex": ".*"}, "behavior": "Removed"}},
+    {"pre_tokenizer": None, "decoder": None, "post_processor": None},
+    *[{"added_tokens": [{**_ADDED, "id": n}]} for n in (5, 96, 1 << 20, (1 << 32) - 1)],
+    {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}},
+    {"model": {"type": "WordLevel", "vocab": {"the": 1 << 31, "<s>": 5000}, "unk_token": "<s>"}},
+    {"model": {"type": "Unigram", "vocab": [["a", -1.0]], "unk_id": 0}},
+    {"model": {"type": "Unigram", "vocab": [["<s>", 0.0], ["t", 1e308]], "unk_id": None}},
+    {"model": {**_WORDS, "vocab": {"<s>": 0}, "max_input_chars_per_word": 1}},
+    {"decoder": {"type": "Replace", "pattern": {"String": ""}, "content": "y" * 1000}},
+    {"decoder": {"type": "Strip", "content": "t", "start": 1 << 40, "stop": 1 << 40}},
+]
+
+
+def _change_tokenizer(dice: random.Random, parts: Json) -> None:
+    """Other components, and values of those that there are."""
+    blob = _blob(parts, "tokenizer.json")
+    if blob is None or dice.random() < 0.6:
+        return _change_blob("tokenizer.json")(dice, parts)
+    document = {**json.loads(blob["data"]), **dice.choice(COMPONENTS)}
+    blob["data"] = same_kind(blob["data"], dumped(document))
+    return None
+
+
 def _change_blob(name: str) -> Callable[[random.Random, Json], None]:
     def change(dice: random.Random, parts: Json) -> None:
         blob = _blob(parts, name)
@@ -409,14 +476,25 @@ def _change_description(dice: random.Random, parts: Json) -> None:
 
 
 def _bomb(dice: random.Random, parts: Json) -> None:
-    """A blob or tensor that says much in few bytes: runs of spaces, zeros or opening brackets."""
-    megabytes = dice.choice([1, 16, 200, 256, 300, 1024])
-    frame = run_of(dice.choice(b' \0[{9"'), megabytes << 20)
-    target = dice.choice(["blobs", "sources", "tensors"])
+    """A blob, source or tensor that says much in few bytes."""
+    target = dice.choice(["blobs", "blobs", "sources", "tensors"])
     entry = dice.choice(parts[target])
-    entry["header" if target == "sources" else "data"] = Bomb(frame, megabytes << 20)
-    if target == "tensors":
-        entry["dtype"], entry["shape"] = "U8", [megabytes << 20]
+    if dice.random() < 0.5:  # small values of JSON, which take more once they are parsed
+        opening, piece, closing = dice.choice(SWELLING)
+        content = opening + piece * (dice.choice([1 << 16, 8 << 20]) // len(piece)) + closing
+        bomb = Bomb(zstandard.compress(content), len(content))
+    else:
+        length = dice.choice([1, 16, 200, 256, 300, 1024]) << 20
+        bomb = Bomb(run_of(dice.choice(RUNS), length), length)
+    entry["header" if target == "sources" else "data"] = bomb
+    if target == "tensors":  # a caller who asks for a tensor gets all of it
+        length = dice.choice([1, 256]) << 20
+        entry["dtype"], entry["shape"] = "U8", [length]
+        entry["data"] = Bomb(run_of(0, length), length)
+
+
+RUNS = b" \0[{9"
+SWELLING = [(b"[", b"[],", b"0]"), (b"[", b"{},", b"0]"), (b'{"a":[', b'"",', b"0]}")]
 
 
 def run_of(byte: int, count: int) -> bytes:
@@ -430,8 +508,8 @@ def run_of(byte: int, count: int) -> bytes:
 
 
 CHANGES: dict[str, Callable[[random.Random, Json], None]] = {
-    "config": _change_blob("config.json"),
-    "tokenizer": _change_blob("tokenizer.json"),
+    "config": _change_config,
+    "tokenizer": _change_tokenizer,
     "generation config": _change_blob("generation_config.json"),
     "source": _change_source,
     "tensor": _change_tensor,
@@ -512,14 +590,17 @@ def read_trace(path: Path) -> None:
         np.asarray(layer.inputs).sum(dtype=np.float64)
 
 
-def _call(dice: random.Random, path: Path, seeds: Path) -> tuple[str, Callable[[], object]]:
+def _call(
+    dice: random.Random, path: Path, seeds: Path, seed: str
+) -> tuple[str, Callable[[], object]]:
     """A call that reads a bundle file."""
     mode = dice.choice(["dense", "exact", "predict", "topk"])
     memory = dice.choice([None, None, None, 300 << 20])
     out = path.parent / "out"
     text = seeds / "text.txt"
     few = {"max_tokens": dice.choice([2, 40]), "context": dice.choice([None, None, 2, 8])}
-    traces = dice.choice([None, seeds / "traces"])
+    traced = seed == TRACED and mode in ("exact", "predict")
+    traces = seeds / "traces" if traced and dice.random() < 0.7 else None
     calls: dict[str, Callable[[], object]] = {
         "read": lambda: read_everything(path),
         "verify": lambda: bundlefmt.verify(path),
@@ -530,30 +611,32 @@ def _call(dice: random.Random, path: Path, seeds: Path) -> tuple[str, Callable[[
         f"eval {mode}": lambda: bundlefmt.evaluate(path, text, mode=mode, memory=memory, **few),
         f"plan {mode}": lambda: bundlefmt.plan(path, 300 << 20, mode=mode, traces=traces),
         "trace": lambda: bundlefmt.trace(path, text, out, max_tokens=20),
-        "reorder": lambda: bundlefmt.reorder(path, seeds / "traces", out / "new.bundle"),
+        "reorder": lambda: bundlefmt.reorder(path, seeds / "traces", out),
         "append": lambda: _append(path),
     }
-    weights = [1, 1, 1, 2, 3, 3, 3, 2, 1, 2, 1]
+    runs = 0 if seed == "mixtral" else 3
+    weights = [1, 1, 1, 2, runs, runs, runs, 2, runs / 3, 4 * (seed == TRACED), 0.5]
     (name,) = dice.choices(list(calls), weights)
     return name, calls[name]
 
 
 def _bundle_case(dice: random.Random, seeds: Path, folder: Path) -> Case:
-    seed = dice.choice([*SEEDS, TRACED, TRACED, "fatrelu", "phi"])
+    seed = dice.choice([*SEEDS, TRACED, TRACED, TRACED, "opt-post-norm", "fatrelu", "phi"])
     data = (seeds / f"{seed}.bundle").read_bytes()
     kinds = [*CHANGES, *WHOLE]
-    (kind,) = dice.choices(kinds, [4, 3, 1, 2, 3, 4, 1, 2, 3, 0.3, 4, 1, 1])
+    (kind,) = dice.choices(kinds, [5, 4, 1, 2, 3, 4, 1, 2, 3, 0.5, 3, 1, 1])
     if kind in CHANGES:
         parts = taken_apart(data)
         CHANGES[kind](dice, parts)
+        others = [other for other in ("config", "tensor", "bundles") if other != kind]
+        if kind not in ("description", "bomb") and dice.random() < 0.2:
+            CHANGES[dice.choice(others)](dice, parts)
         data = put_together(parts, data)
     else:
         data = WHOLE[kind](dice, data)
     path = folder / "model.bundle"
     path.write_bytes(data)
-    (folder / "out").mkdir()
-    (folder / "out").rmdir()
-    name, call = _call(dice, path, seeds)
+    name, call = _call(dice, path, seeds, seed)
     return Case(f"{seed}, {kind}, {name}", path, call)
 
 

@@ -20,6 +20,7 @@ STRIDE_ALIGNMENTS = tuple(1 << n for n in range(6, 17))  # 64 .. 65536
 
 MAX_HEADER_LENGTH = 64 << 20
 MAX_HEADER_DEPTH = 32
+MAX_HEADER_MARKS = 1 << 22  # commas and opening brackets: bounds what its values take in memory
 MAX_INTEGER = (1 << 53) - 1  # what every JSON reader holds exactly
 MAX_NEURONS = 1 << 32  # an order is a table of u32
 MAX_NAME_LENGTH = 255  # of a blob or source file, in UTF-8 bytes

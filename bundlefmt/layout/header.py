@@ -19,6 +19,7 @@ from bundlefmt.errors import FormatError
 from bundlefmt.layout.constants import (
     FEATURES,
     MAX_HEADER_DEPTH,
+    MAX_HEADER_MARKS,
     MAX_INTEGER,
     MAX_NAME_LENGTH,
     MAX_NEURONS,
@@ -179,7 +180,8 @@ def decode(data: bytes) -> Header:
     """The header in JSON bytes.
 
     Raises FormatError for what is not UTF-8 JSON of the right types, for duplicate keys, nesting
-    deeper than MAX_HEADER_DEPTH and required features that this version does not know.
+    deeper than MAX_HEADER_DEPTH, more values than MAX_HEADER_MARKS allows, and required features
+    that this version does not know.
     """
     _check_json(data)
     try:
@@ -207,7 +209,16 @@ def schema() -> dict[str, Any]:
 
 
 def _check_json(data: bytes) -> None:
-    """Refuse what a typed decoder would let pass: duplicate keys, deep nesting, NaN."""
+    """Refuse what a typed decoder would let pass: duplicate keys, deep nesting, NaN; and so many
+    values that they would take ages and gigabytes."""
+    marks = sum(map(data.count, (b",", b"[", b"{")))
+    if marks > MAX_HEADER_MARKS:
+        raise FormatError(
+            "too many values in the header",
+            field="header",
+            expected=f"at most {MAX_HEADER_MARKS} commas and opening brackets",
+            found=marks,
+        )
 
     def depth(value: Any) -> int:
         if isinstance(value, _Depth):
