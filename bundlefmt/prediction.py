@@ -29,8 +29,10 @@ from bundlefmt.layout.encodings import numbers_in
 from bundlefmt.layout.header import Predictor as PredictorEntry
 from bundlefmt.runtime.generate import load_model
 from bundlefmt.runtime.text import Tokenizer
+from bundlefmt.storage.regular import read_regular
 
 EPOCHS = 2
+_MOST_TEXT = 1 << 30  # bytes
 _WINDOW = 512  # tokens that see each other, as in a run of that length
 
 
@@ -204,10 +206,8 @@ def _row(layer: int, predictor: Predictor, found: Quality) -> TrainedLayer:
 
 def _text(path: str | os.PathLike[str]) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return read_regular(path, _MOST_TEXT).decode()
     except OSError as error:
         raise UsageError(f"cannot read: {error.strerror}", file=path) from error
     except UnicodeDecodeError:
         raise UsageError("not UTF-8 text", file=path) from None
-    except ValueError as error:  # a name that no file can have
-        raise UsageError(f"cannot read: {error}", file=path) from None

@@ -156,7 +156,12 @@ def killed_before(calls: int, use: Callable[[], None]) -> bool:
 
     child = os.fork()
     if not child:
-        sys.setprofile(profile)
-        use()
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        try:
+            sys.setprofile(profile)
+            use()
+            os._exit(0)
+        finally:
+            os._exit(1)  # whatever it raised: the child must not go on with the tests
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status == 0

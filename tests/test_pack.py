@@ -366,6 +366,83 @@ def test_progress_rises_to_the_total(options: dict[str, Any], tmp_path: Path) ->
         assert done[-1] == calls[0][1]
 
 
+METADATA = {
+    "usual": b'{"format":"pt"}',
+    "spaces and escapes": b'{ "a" : "\\u00e9\\ud83d\\ude00" ,"b":"\xc3\xa9" }',
+    "100000 digits": b"9" * 100_000,
+    "deep": b"[" * 500 + b"]" * 500,
+    "infinite": b'{"a":1e999}',
+    "twice": b'{"a":1,"a":2}',
+    "null": b"null",
+    "not UTF-8": b'{"a":"\xff"}',
+    "half a character": b'{"a":"\\ud800"}',
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_metadata_comes_back_as_it_was_or_is_refused(name: str, tmp_path: Path) -> None:
+    """Whatever it says, where tensors were re-encoded too."""
+    content = (FIXTURES / "llama" / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8 : 8 + length])
+    entries.pop("__metadata__", None)
+    text = b'{"__metadata__":' + METADATA[name] + b"," + json.dumps(entries).encode()[1:]
+    source = tmp_path / "source"
+    shutil.copytree(FIXTURES / "llama", source)
+    (source / "model.safetensors").write_bytes(
+        len(text).to_bytes(8, "little") + text + content[8 + length :]
+    )
+    for dtype in ("keep", "f16"):
+        path, folder = tmp_path / f"{dtype}.bundle", tmp_path / dtype
+        try:
+            bundlefmt.pack(source, path, dtype=dtype)
+            bundlefmt.unpack(path, folder)
+        except FormatError as error:
+            assert name == "half a character"
+            assert "not a safetensors header" in str(error)
+            continue
+        restored = (folder / "model.safetensors").read_bytes()
+        assert METADATA[name] in restored[: 8 + int.from_bytes(restored[:8], "little")]
+        if dtype == "keep":
+            assert restored == (source / "model.safetensors").read_bytes()
+
+
+def test_a_resident_tensor_that_was_replaced_by_another_is_not_unpacked(
+    small_bundle: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copy(small_bundle, tmp_path / "x.bundle"))
+    with bundlefmt.open(path) as file:
+        name = next(name for name in file.tensor_names if name.endswith("norm.weight"))
+        same = file.tensor(name)
+    for other in (same.astype(np.float16), same[:-1], same.reshape(1, -1)):
+        bundlefmt.append(path, tensors={name: other})
+        with pytest.raises(FormatError, match="unlike the one that was packed") as caught:
+            bundlefmt.unpack(path, tmp_path / "out")
+        assert caught.value.field == name
+    bundlefmt.append(path, tensors={name: same})
+    assert bundlefmt.unpack(path, tmp_path / "out").identical
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_names_that_a_file_system_takes_for_one_are_not_written_over(
+    there: bool, small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where case does not matter: a second file of the name is an error, and none is left."""
+    opened = Path.open
+    monkeypatch.setattr(
+        Path,
+        "open",
+        lambda path, *rest, **named: opened(
+            path.with_name("one") if path.parent.suffix == ".partial" else path, *rest, **named
+        ),
+    )
+    if there:
+        (tmp_path / "out").mkdir()
+    with pytest.raises(WriteError, match="File exists"):
+        bundlefmt.unpack(small_bundle, tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out"] * there
+
+
 # Targets
 
 

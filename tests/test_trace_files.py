@@ -206,7 +206,7 @@ FAULTS: dict[str, tuple[Edit, str]] = {
     "no JSON": (_content("trace.json", b"{"), "trace.json: not understood"),
     "deep JSON": (_content("trace.json", b'{"x":' + b"[" * 10**6), "trace.json: not understood"),
     "no UTF-8": (_content("trace.json", b'{"file_id":"\xff"}'), "trace.json: not understood"),
-    "long JSON": (_content("trace.json", b" " * (17 << 20)), "trace.json: too long"),
+    "long JSON": (_content("trace.json", b" " * (17 << 20)), "trace.json: no trace: longer than"),
     "a version of tomorrow": (_info(version=2), "another version: expected 1, found 2"),
     "no tokens": (_info(tokens=0), "tokens"),
     "more tokens than an array": (_info(tokens=TOKENS + 1), "expected [111, 32], found [110, 32]"),
@@ -214,7 +214,7 @@ FAULTS: dict[str, tuple[Edit, str]] = {
     "no layers": (_info(layers=[]), "layers"),
     "a layer twice": (_twice, "layers: a layer is there twice"),
     "a layer below zero": (_info(layer=-1), "layer"),
-    "another layer": (_info(layer=7), "layer-7/inputs: cannot read: No such file"),
+    "another layer": (_info(layer=7), "layer-7/inputs/dtype.ninja: cannot read: No such file"),
     "fewer neurons": (_info(neurons=70), "active: no such neuron: expected less than 70"),
     "a long name": (_info(file_id="x" * 10**6), "file_id"),
     "another dtype": (
@@ -236,7 +236,7 @@ FAULTS: dict[str, tuple[Edit, str]] = {
     "last end": (_words(ENDS, TOKENS - 1, 1 << 62), "starts and ends"),
     "a folder": (_in_place_of(IDS, Path.mkdir), "not a regular file"),
     "a FIFO": (_in_place_of(IDS, os.mkfifo), "not a regular file"),
-    "a FIFO for JSON": (_in_place_of("trace.json", os.mkfifo), "not a regular file"),
+    "a FIFO for JSON": (_in_place_of("trace.json", os.mkfifo), "no trace: not a regular file"),
     "a device": (
         _in_place_of(IDS, lambda path: path.symlink_to("/dev/zero")),
         "not a regular file",
@@ -249,8 +249,9 @@ FAULTS: dict[str, tuple[Edit, str]] = {
 def test_a_faulty_trace_is_refused_naming_file_and_field(fault: str, spoilt: Path) -> None:
     edit, message = FAULTS[fault]
     edit(spoilt)
-    with pytest.raises(FormatError) as caught:
+    with pytest.raises((FormatError, UsageError)) as caught:
         read_all(spoilt)
+    assert isinstance(caught.value, UsageError) is ("no trace" in message)
     assert message in str(caught.value)
     assert str(spoilt) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -266,6 +267,17 @@ def test_links_to_regular_files_are_followed(spoilt: Path, recorded: Path) -> No
 def test_a_path_that_holds_no_trace_is_a_usage_error(folder: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no trace"):
         Trace(tmp_path / folder)
+
+
+@pytest.mark.parametrize("name", ["missing", "a\0b", "\ud800", "x" * 5000, "fifo", "zero", "."])
+def test_a_text_that_is_no_file_is_a_usage_error(
+    name: str, demo_bundle: Path, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    with pytest.raises(UsageError, match="cannot read"):
+        bundlefmt.trace(demo_bundle, tmp_path / name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 VALUES = (-1, 0, 1, 2, 71, 73, 1 << 31, 1 << 47, 1 << 63, 1 << 200, 1e308, None, "x", [], {}, True)

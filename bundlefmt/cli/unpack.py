@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 
 from bundlefmt.cli import arguments, output
 from bundlefmt.errors import printable
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
         output.print_json(asdict(report))
         return 0
     for name in report.files:
-        print(printable(f"{report.folder}/{name}"))
+        print(printable(Path(report.folder, name)))
     if report.identical:
         print("byte-identical to the files that were packed")
     else:

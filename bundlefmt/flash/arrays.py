@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 import os
-import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +22,19 @@ from numpy.typing import NDArray
 
 from bundlefmt.errors import FormatError
 from bundlefmt.storage.atomic import write_all
+from bundlefmt.storage.regular import open_regular, read_regular
 
 _DATA = "data.ninja"
-
-
-def read_small(path: Path, most: int) -> bytes:
-    """The content of a regular file. Raises OSError when it cannot be read, FormatError when it is
-    no regular file or has more than `most` bytes."""
-    fd = _opened(path)
-    try:
-        content = b""
-        while piece := os.read(fd, most + 1 - len(content)):
-            content += piece
-    finally:
-        os.close(fd)
-    if len(content) > most:
-        raise FormatError("too long", file=path, expected=f"at most {most} bytes")
-    return content
+_MOST_SMALL = 64  # bytes of a small file
 
 
 def open_array(folder: Path, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
     """The array in a folder, mapped. Raises FormatError when it is not of this dtype and shape."""
-    try:
-        _check(folder / "dtype.ninja", dtype.encode(), _text)
-        _check(folder / "shape.ninja", _shape_bytes(shape), _shape)
-        _check(folder / "order.ninja", b"C", _text)
+    _check(folder / "dtype.ninja", dtype.encode(), _text)
+    _check(folder / "shape.ninja", _shape_bytes(shape), _shape)
+    _check(folder / "order.ninja", b"C", _text)
+    with _reporting(folder / _DATA):
         return _mapped(folder / _DATA, np.dtype(dtype), shape)
-    except OSError as error:
-        raise FormatError(f"cannot read: {error.strerror or error}", file=folder) from error
 
 
 class ArrayWriter:
@@ -96,7 +81,8 @@ def write_small(path: Path, content: bytes) -> None:
 
 
 def _check(path: Path, expected: bytes, decode: Callable[[bytes], object]) -> None:
-    found = read_small(path, 64)
+    with _reporting(path):
+        found = read_regular(path, _MOST_SMALL)
     if found != expected:
         raise FormatError(
             "another array than trace.json tells of",
@@ -106,28 +92,27 @@ def _check(path: Path, expected: bytes, decode: Callable[[bytes], object]) -> No
         )
 
 
+@contextmanager
+def _reporting(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FormatError(f"cannot read: {error.strerror or error}", file=path) from error
+
+
 def _text(content: bytes) -> str:
     return content.decode(errors="replace")
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     nbytes = math.prod(shape) * dtype.itemsize
-    with open(_opened(path), "rb") as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size != max(nbytes, 1) and size != nbytes:
             raise FormatError("wrong length", file=path, expected=f"{nbytes} bytes", found=size)
         if not nbytes:
             return np.empty(shape, dtype)
         return np.memmap(file, dtype, "r", shape=shape)
-
-
-def _opened(path: Path) -> int:
-    """A descriptor of a regular file; opening a FIFO does not wait for its other end."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise FormatError("not a regular file", file=path)
-    return fd
 
 
 def _shape_bytes(shape: tuple[int, ...]) -> bytes:

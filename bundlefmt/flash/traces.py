@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 
 from bundlefmt.errors import FormatError, UsageError
 from bundlefmt.file import BundleFile
-from bundlefmt.flash.arrays import ArrayWriter, open_array, read_small, write_small
+from bundlefmt.flash.arrays import ArrayWriter, open_array, write_small
 from bundlefmt.kernels import SPARSE_ACTIVATIONS, Floats
 from bundlefmt.layout.header import Group
 from bundlefmt.storage.atomic import new_folder
+from bundlefmt.storage.regular import read_regular
 
 VERSION = 1
 _INFO = "trace.json"
@@ -96,11 +97,9 @@ class Trace:
         self.path = Path(path)
         info = self.path / _INFO
         try:
-            content = read_small(info, _MOST_INFO)
+            content = read_regular(info, _MOST_INFO)
         except OSError as error:
             raise UsageError(f"no trace: {error.strerror}", file=info) from error
-        except ValueError as error:  # a name that no file can have
-            raise UsageError(f"no trace: {error}", file=info) from None
         try:
             self.info = msgspec.json.decode(content, type=TraceInfo)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
