@@ -168,45 +168,49 @@ class _Placed(NamedTuple):
         group, count, stride = self.bundles.group, self.slots.size, self.bundles.group.stride
         memory, starts = _as_memory(self.bundles.raw, self.rows)
         longest = min(max(MAX_REQUEST // stride, 1), MAX_VIEWS)
-        unwanted = np.zeros(count, dtype=np.int64)  # bundles between this one and the one before
-        unwanted[1:] = self.slots[1:] - self.slots[:-1] - 1
-        begins = unwanted > gap // stride  # a request
-        begins[:1] = True
-        # A run is cut every `longest` slots, of which each is at most one view.
-        turn = (self.slots - self.slots[begins][np.cumsum(begins) - 1]) // longest
-        begins[1:] |= turn[1:] != turn[:-1]
-        unwanted[begins] = 0
-        breaks = begins | (unwanted > 0)  # rows that touch are one view
-        breaks[1:] |= starts[1:] - starts[:-1] != stride
-        firsts, views = np.flatnonzero(begins), np.flatnonzero(breaks)
-        # A gap is a view, too, before the one that it parts from those before.
-        gaps = unwanted[views]
-        gapped = gaps > 0
-        after = np.cumsum(gapped + 1)
-        view_starts = np.full(after[-1] if count else 0, SPARE)
-        view_lengths = np.empty(view_starts.size, dtype=np.int64)
-        view_starts[after - 1] = starts[views]
-        view_lengths[after - 1] = (_ended_by(views[1:], count) - views) * stride
-        view_lengths[after[gapped] - 2] = gaps[gapped] * stride
-        bounds = _ended_by(after[begins[views]] - 1, view_starts.size)
-        view_starts[bounds[:-1]] += skip
-        view_lengths[bounds[:-1]] -= skip
+        steps = np.diff(self.slots)
+        far = steps > gap // stride + 1
+        runs = _edges(far, count)
+        firsts = self.slots[runs[:-1]]
+        if count and (self.slots[runs[1:] - 1] - firsts).max() >= longest:
+            # A run is cut every `longest` slots, of which each is at most one view.
+            turn = (self.slots - np.repeat(firsts, np.diff(runs))) // longest
+            far |= turn[1:] != turn[:-1]
+            runs = _edges(far, count)
+            firsts = self.slots[runs[:-1]]
+        views = _edges(far | (steps > 1) | (np.diff(starts) != stride), count)
+        joints = views[1:-1] - 1
+        bounds = _edges(far[joints], views.size - 1)
+        view_starts, view_lengths = starts[views[:-1]], np.diff(views) * stride
+        if gap >= stride:
+            # A gap is a view, too, before the one that it parts from those before.
+            gaps = np.where(far[joints], 0, (steps[joints] - 1) * stride)
+            before = np.flatnonzero(gaps)
+            view_starts = np.insert(view_starts, before + 1, SPARE)
+            view_lengths = np.insert(view_lengths, before + 1, gaps[before])
+            bounds += np.searchsorted(before + 1, bounds)
+        if skip:
+            view_starts[bounds[:-1]] += skip
+            view_lengths[bounds[:-1]] -= skip
         return Requests(
             memory,
-            self.slots[firsts] * stride + (group.bundles.offset + skip),
+            firsts * stride + (group.bundles.offset + skip),
             bounds,
             view_starts,
             view_lengths,
-            None
-            if checksums is None
-            else Checks(_ended_by(firsts, count), starts, stride, checksums[self.slots]),
+            None if checksums is None else Checks(runs, starts, stride, checksums[self.slots]),
             spare,
         )
 
 
-def _ended_by(numbers: NDArray[np.int64], last: int) -> NDArray[np.int64]:
-    """The numbers and one more."""
-    return np.concatenate([numbers, [last]])
+def _edges(apart: NDArray[np.bool_], count: int) -> NDArray[np.int64]:
+    """Where runs of `count` things in a row begin, and where the last one ends: apart[k] parts the
+    k-th thing from the next."""
+    inner = np.flatnonzero(apart)
+    edges = np.zeros(inner.size + 2 if count else 1, dtype=np.int64)
+    edges[1:-1] = inner + 1
+    edges[-1] = count
+    return edges
 
 
 def _as_memory(

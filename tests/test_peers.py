@@ -19,7 +19,15 @@ from bundlefmt.measurement import fio, peers
 from bundlefmt.measurement.reads import REPETITIONS
 from tests.conftest import VECTORS
 
-ALWAYS = ("bundlefmt", "buffered", "bundled", "unbundled", "numpy.memmap", "mmap, advised")
+ALWAYS = (
+    "bundlefmt",
+    "bundlefmt, plain call",
+    "buffered",
+    "bundled",
+    "unbundled",
+    "numpy.memmap",
+    "mmap, advised",
+)
 RATE = 1e4  # reads per second that the fio of these tests finds
 
 

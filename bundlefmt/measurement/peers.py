@@ -40,6 +40,7 @@ from bundlefmt.measurement.reads import (
     timed,
     two_in_flight,
 )
+from bundlefmt.reader import Pending
 from bundlefmt.storage.atomic import require_free_space
 from bundlefmt.storage.backends import (
     BACKENDS,
@@ -342,14 +343,17 @@ def _run_fio(row: PeerRow, path: str) -> None:
 
 
 @contextmanager
-def _reader(subject: Subject, verify: bool) -> Iterator[Read]:
-    """What callers use: ids in, checked bundles out."""
+def _reader(
+    subject: Subject, verify: bool = True, recycled: bool = False, in_flight: int = 2
+) -> Iterator[Read]:
+    """What callers use: ids in, checked bundles out, in their memory or in what the reader
+    recycles; so many batches at once."""
     with subject.file.reader(
         subject.backend,
         verify=verify,
         threads=subject.threads,
         queue_depth=subject.queue_depth,
-        memory=subject.memory,
+        memory=None if recycled else subject.memory,
     ) as reader:
         batches = []
         for group, slots, out in subject.shares:
@@ -357,14 +361,19 @@ def _reader(subject: Subject, verify: bool) -> Iterator[Read]:
             order = subject.file.order(group)
             batches.append((group, slots if order is None else order[slots], out))
 
+        def submitted() -> Iterator[Pending]:
+            for group, neurons, out in batches:
+                into = None if recycled else out
+                yield reader.submit(group.layer, neurons, expert=group.expert, out=into)
+
         def read() -> None:
-            for pending in two_in_flight(
-                reader.submit(group.layer, neurons, expert=group.expert, out=out)
-                for group, neurons, out in batches
-            ):
+            for pending in submitted() if in_flight == 1 else two_in_flight(submitted()):
                 pending.result()
 
         yield read
+        if recycled:  # once more, for whoever compares the bytes
+            for pending, (_, _, out) in zip(submitted(), batches, strict=True):
+                out[:] = pending.result().raw
 
 
 @contextmanager
@@ -553,8 +562,11 @@ def _streamer(subject: Subject) -> Iterator[Read]:
 
 
 PEERS: dict[str, Peer] = {
-    "bundlefmt": Peer(partial(_reader, verify=True)),
+    "bundlefmt": Peer(_reader),
     "bundlefmt, unverified": Peer(partial(_reader, verify=False)),
+    "bundlefmt, one batch at a time": Peer(partial(_reader, in_flight=1)),
+    "bundlefmt, plain call": Peer(partial(_reader, recycled=True, in_flight=1)),
+    "bundlefmt, two plain calls": Peer(partial(_reader, recycled=True)),
     **{name: Peer(partial(_backend, name=name)) for name in BACKENDS},
     "bundled": Peer(_backend, scope="group"),
     "unbundled": Peer(_unbundled, prepare=_part_by_part, scope="group"),

@@ -31,6 +31,7 @@ namespace {
 constexpr int64_t MAX_VIEWS = 1024;  // IOV_MAX on Linux
 constexpr std::chrono::milliseconds PAUSE{1};  // between looks at a ring that cannot be waited for
 constexpr size_t PIECE = size_t{1} << 30;  // the most that the kernel registers as one buffer
+constexpr size_t SHARE = 8;  // one in so many of the reads in flight has to come before a look
 constexpr int64_t MOST_WIDENED = 16 << 20;  // bytes of reads that are wider than what is wanted
 
 // A request on its way.
@@ -97,7 +98,10 @@ class Uring : public Engine {
     for (int refusals = 0;;) {
       refill(free_.size() == flights_.size());
       if (free_.size() == flights_.size()) break;  // closed, and nothing on its way
-      const int submitted = ring_->submit(1);
+      const size_t in_flight = flights_.size() - free_.size();
+      // To wake for every read costs as much as the read.
+      const size_t least = std::max(in_flight / SHARE, size_t{1});
+      const int submitted = ring_->submit(static_cast<unsigned>(least));
       if (submitted >= 0 || submitted == -EINTR) {
         land(true);
         refusals = 0;
