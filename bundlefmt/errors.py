@@ -5,6 +5,7 @@ Every message is one line that names what is known of: file, field, offset, expe
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,6 +77,19 @@ class ReadError(BundleError):
 
 class WriteError(BundleError):
     """The device's fault: a write that failed, a disk that is full."""
+
+
+def integer(value: object, field: str, least: int, most: int | None = None) -> int:
+    """An argument as a plain int. Raises UsageError unless it is an integer (a bool is none) of
+    least..most."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        expected = f"{least} or more" if most is None else f"{least}..{most}"
+        raise UsageError("out of range", field=field, expected=expected, found=value)
+    return number
 
 
 @contextmanager
