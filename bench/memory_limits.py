@@ -107,7 +107,7 @@ class Outcome:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, help="for the models: some 4 GB (default: a new one)")
+    parser.add_argument("--folder", type=Path, help="for the models (default: a new one)")
     parser.add_argument("--runs", type=int, default=60)
     parser.add_argument("--models", nargs="+", choices=[DEMO, *MADE], default=[DEMO, *MADE])
     parser.add_argument("--seed", type=int, default=0, help="of the mix")
@@ -153,10 +153,10 @@ def run(folder: Path, case: Case) -> Outcome:
     if case.draft:
         command += ["--draft", str(draft(folder, case.model))]
     refused = _in_group(_PLENTY, [*command, "--memory", "1"])
-    named = re.search(r"--memory (\S+)", refused.err) 
+    named = re.search(r"--memory (\d+)MiB", refused.err)
     if named is None:
         return Outcome(case, 0, 0, 0, f"no least limit: {refused.err.strip()[-200:]}")
-    least = _bytes(named[1])
+    least = int(named[1]) * _MIB
     ffn = _ffn_bytes(path)
     limit = {
         "least": least,
@@ -240,10 +240,6 @@ def _add_predictors(path: Path) -> None:
 def _in_group(limit: int, command: Sequence[str]) -> Finished:
     with MemoryGroup(limit) as group:
         return group.run([sys.executable, "-c", _PROGRAM, *command], seconds=_SECONDS)
-
-
-def _bytes(size: str) -> int:
-    return int(size.removesuffix("MiB")) * _MIB
 
 
 def _ffn_bytes(path: Path) -> int:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from bundlefmt.layout.header import Group
 
-_SLACK = 16 << 20  # what allocators keep, and tables too small to be counted
+_SLACK = 10 << 20  # what allocators keep, and tables too small to be counted
 _SLACK_SHARE = 256  # and one part in so many of the limit: twice what page tables take
 _CACHE_SHARE = 100  # and one in so many of the cache: the kernel's own of registered memory, tables
 

@@ -131,12 +131,12 @@ def plan(
         if fewer.total < spared.total:
             streamed, spared = some, fewer
     if left_of(caching.memory, spared) < 0:
-        least = _mebibytes(spared)
+        least = named(least_limit(spared.total))
         raise UsageError(
             f"too little memory for this model in mode {selecting.mode} and a text of "
             f"{caching.tokens_of(config):,} tokens",
             field="memory",
-            expected=f"at least {least} MiB ({least * MIB} bytes): --memory {least}MiB",
+            expected=f"at least {least // MIB} MiB ({least} bytes): --memory {least // MIB}MiB",
             found=f"{caching.memory / MIB:.1f} MiB ({caching.memory} bytes)",
         )
     budget = divide(caching.memory, spared, cached, streamed)
@@ -144,16 +144,16 @@ def plan(
 
 
 def least_memory(file: BundleFile, config: DecoderConfig, wanted: Needs) -> int:
-    """The least that works for a model with these needs, all of its layers streamed that may be:
-    in bytes, and in whole MiB, as refusals name it."""
-    others = (fewer for _, fewer in _streamings(file, config, wanted))
-    return MIB * _mebibytes(min([wanted, *others], key=lambda found: found.total))
+    """The smallest limit for a model with these needs, in bytes, if all layers are streamed."""
+    others = (fewer.total for _, fewer in _streamings(file, config, wanted))
+    return least_limit(min([wanted.total, *others]))
 
 
-def _mebibytes(spared: Needs) -> int:
-    """A limit that works, with room for what a process varies by from start to start."""
+def named(least: int) -> int:
+    """A limit in whole MiB that works at the next start too, which finds the process by some pages
+    larger."""
     varied = process_bytes(_PROCESS_VARIES) - process_bytes()
-    return -(-least_limit(spared.total + varied) // MIB)
+    return round_up(least + varied + varied // 128, MIB)
 
 
 def _streamings(
@@ -229,7 +229,7 @@ def needs(
         resident=sum(map(_loaded_bytes, tensors)) + parts,
         selectors=selectors,
         kv_cache=sum(tokens * 8 * layer.kv_heads * config.head_dim for layer in config.layers),
-        buffers=2 * CHUNK_BYTES
+        buffers=2 * min(CHUNK_BYTES, max(group.bundles.length for group in groups))
         + max(caching.threads, DEFAULT_THREADS) * (widened + _STACK_BYTES)
         + blas_bytes(max(tokens, widest))
         + _TABLE_BYTES * sum(group.neurons for group in groups)
