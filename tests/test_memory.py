@@ -24,7 +24,9 @@ from bundlefmt.flash.readahead import MOST_WASTED
 from bundlefmt.layout.header import Predictor
 from bundlefmt.runtime.config import decoder_config
 from bundlefmt.runtime.generate import Model
-from bundlefmt.runtime.memory import POLICIES, Caching, make_caches
+from bundlefmt.runtime.memory import POLICIES, Caching, make_caches, needs
+from bundlefmt.runtime.memory import least_memory as smallest
+from bundlefmt.runtime.selection import Selecting
 from bundlefmt.runtime.weights import attention_matrices
 from tests.conftest import FIXTURES, without_sanitizers
 
@@ -34,12 +36,12 @@ PROMPT = [1, 2, 3, 4, 5]
 pytestmark = pytest.mark.usefixtures("steady_process")
 
 
-def least_memory(path: Path, **options: Any) -> int:
-    """The smallest limit that the refusal of a smaller one names."""
-    with pytest.raises(UsageError, match="too little memory") as refused:
-        bundlefmt.load_model(path, memory=1, **options)
-    (found,) = re.findall(r"at least (\d+) bytes", str(refused.value))
-    return int(found)
+def least_memory(path: Path, mode: str = "dense", share: float = 0.3, **options: Any) -> int:
+    """The smallest limit that works, to the byte."""
+    with bundlefmt.open(path) as file:
+        config = decoder_config(file.config, len(file.groups))
+        wanted = needs(file, config, Selecting(mode, share), Caching(1, **options))
+        return smallest(file, config, wanted)
 
 
 def cached(path: Path, memory: int, **options: Any) -> Model:
@@ -392,7 +394,7 @@ def test_the_process_keeps_within_its_limit(demo_bundle: Path) -> None:
     command = [sys.executable, "-m", "bundlefmt", "run", str(demo_bundle), "--prompt", "ROMEO:"]
     command += ["--mode", "exact", "--json", "--memory"]
     refused = subprocess.run([*command, "1M"], capture_output=True, text=True, env=os.environ)
-    (least,) = re.findall(r"at least (\d+) bytes", refused.stderr)
+    (least,) = re.findall(r"\((\d+) bytes\): --memory", refused.stderr)
     memory = int(least) + (2 << 20)
     done = subprocess.run([*command, str(memory)], capture_output=True, text=True, check=True)
     report = json.loads(done.stdout)

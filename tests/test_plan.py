@@ -64,7 +64,7 @@ def room_for(path: Path, held: float, **options: Any) -> int:
 
 def least_of(refusal: UsageError) -> int:
     """The smallest limit that works, as the refusal of a smaller one names it."""
-    (found,) = re.findall(r"at least (\d+) bytes", str(refusal))
+    (found,) = re.findall(r"\((\d+) bytes\): --memory", str(refusal))
     return int(found)
 
 
@@ -106,7 +106,7 @@ def test_the_split_is_the_whole_memory_and_what_a_load_makes_of_it(
 def test_too_little_memory_is_refused_as_a_load_refuses_it(demo_bundle: Path, memory: int) -> None:
     said = []
     for refusing in (bundlefmt.plan, bundlefmt.load_model):
-        with pytest.raises(UsageError, match=r"at least \d+ bytes") as refused:
+        with pytest.raises(UsageError, match=r"at least \d+ MiB") as refused:
             refusing(demo_bundle, memory=memory, mode="exact")
         said.append(str(refused.value))
     assert said[0] == said[1]

@@ -268,7 +268,7 @@ def test_the_process_keeps_within_its_limit_with_its_draft(target: Path) -> None
         refused = subprocess.run(
             [*command, *draft, "--memory", "1M"], capture_output=True, text=True, env=os.environ
         )
-        return int(re.findall(r"at least (\d+) bytes", refused.stderr)[0])
+        return int(re.findall(r"\((\d+) bytes\): --memory", refused.stderr)[0])
 
     draft = ("--draft", str(target))
     with bundlefmt.open(target) as file:

@@ -82,11 +82,12 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_caching(parser: argparse.ArgumentParser) -> None:
-    """`--memory`, `--policy`, `--window`, as every command that runs a model takes them."""
+def add_caching(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """`--memory`, `--policy`, `--window`, as every command that runs or plans a model has them."""
     parser.add_argument(
         "--memory",
         type=parse_size,
+        required=required,
         metavar="SIZE",
         help="of the whole process, such as 7GiB; what is left of it caches neurons",
     )

@@ -19,20 +19,20 @@ HELP = "show how memory would be divided, and what a token would take"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     parser.add_argument("model", help="a bundle file")
-    parser.add_argument(
-        "--memory",
-        type=arguments.parse_size,
-        required=True,
-        metavar="SIZE",
-        help="of the whole process, such as 7GiB",
-    )
     parser.add_argument("--mode", default="dense", choices=MODES, help="as in run")
     parser.add_argument(
         "--share", type=float, default=0.3, help="of the neurons, that mode topk takes"
     )
+    arguments.add_caching(parser, required=True)
     parser.add_argument(
-        "--tokens", type=int, metavar="N", help="of the longest text, prompt included"
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="of the longest text, prompt and --max-new-tokens included (default: the model's "
+        "context, at most 2048)",
     )
+    parser.add_argument("--draft", metavar="FILE", help="as in run")
+    parser.add_argument("--threads", type=int, default=arguments.THREADS, help="as in run")
     parser.add_argument(
         "--traces", metavar="DIR", help="what trace recorded: which neurons are active"
     )
@@ -49,7 +49,11 @@ def run(args: argparse.Namespace) -> int:
             args.memory,
             mode=args.mode,
             share=args.share,
+            policy=args.policy,
+            window=args.window,
             tokens=args.tokens,
+            draft=args.draft,
+            threads=args.threads,
             traces=args.traces,
             progress=progress,
         )
@@ -78,12 +82,10 @@ def run(args: argparse.Namespace) -> int:
     total = found.milliseconds_per_token
     output.print_fields(
         [
-            ("mode, tokens", f"{found.mode}, a text of {found.tokens:,}"),
-            (
-                "cache",
-                f"{output.share(found.cached_share, 1)} of the FFN ("
-                f"{output.size(found.ffn_bytes)}), a window of {found.window} tokens",
-            ),
+            ("mode, policy", f"{found.mode}, {found.policy}"),
+            ("for a text of", f"up to {found.tokens:,} tokens (--tokens)"),
+            ("least memory", f"{found.least_memory >> 20} MiB for that text"),
+            ("cache", _cache(found)),
             ("streamed", f"the attention of {len(found.streamed)} layers"),
             (
                 "active",
@@ -98,8 +100,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _cache(found: Plan) -> str:
+    """`12.0 % of the FFN (4.0 GiB), a window of 3 tokens`"""
+    if found.policy == "none":
+        return "the operating system's"
+    window = f"a window of {found.window} tokens" if found.window else "less than a token's"
+    share = output.share(found.cached_share, 1)
+    return f"{share} of the FFN ({output.size(found.ffn_bytes)}), {window}"
+
+
 def _advised(line: Advice, plan: Plan) -> str:
-    """`1.2 GiB more memory: a window of 5 tokens, 0.200 GB per token instead of 0.350`"""
+    """`1.2 GiB more memory, --memory 4096MiB: a window of 5 tokens, 0.2 GB per token ...`"""
     if line.bytes_per_token is None:
         return line.change
     read = f"{line.bytes_per_token / 1e9:.3f} GB per token instead of "
@@ -109,4 +120,5 @@ def _advised(line: Advice, plan: Plan) -> str:
     window = "all neurons in the cache"
     if line.window is not None:
         window = f"a window of {line.window} tokens"
-    return f"{output.size(line.memory - plan.memory)} {line.change}: {window}, {read}"
+    more = output.size(line.memory - plan.memory)
+    return f"{more} {line.change}, --memory {line.memory >> 20}MiB: {window}, {read}"

@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from bundlefmt.errors import UsageError
 from bundlefmt.layout.header import Group
 
-_SLACK = 16 << 20  # what allocators keep, and tables too small to be counted
+_SLACK = 10 << 20  # what allocators keep, and tables too small to be counted
 _SLACK_SHARE = 256  # and one part in so many of the limit: twice what page tables take
 _CACHE_SHARE = 100  # and one in so many of the cache: the kernel's own of registered memory, tables
 
@@ -53,21 +52,14 @@ def left_of(limit: int, needs: Needs) -> int:
 def divide(
     limit: int, needs: Needs, groups: Sequence[Group], streamed: tuple[int, ...] = ()
 ) -> Budget:
-    """Give the neuron cache what is left of the limit: slots for the same share of each group's
-    neurons. Raises UsageError when the limit is too small, with the smallest that works."""
-    left = left_of(limit, needs)
-    if left < 0:
-        raise UsageError(
-            "too little memory for this model",
-            field="memory",
-            expected=f"at least {least_limit(needs.total)} bytes",
-            found=limit,
-        )
+    """Give the neuron cache what is left of a limit that affords the needs: slots for the same
+    share of each group's neurons."""
+    left = max(left_of(limit, needs), 0)
     all_bytes = sum(group.bundles.length for group in groups)
-    share = min(left / _with_slack(all_bytes), 1.0) if all_bytes else 0.0
+    share = min(left / with_slack(all_bytes), 1.0) if all_bytes else 0.0
     slots = tuple(int(group.neurons * share) for group in groups)
     cache = sum(n * group.stride for n, group in zip(slots, groups, strict=True))
-    slack = _slack(limit) + _with_slack(cache) - cache
+    slack = _slack(limit) + with_slack(cache) - cache
     return Budget(limit, needs, slack, cache, slots, streamed)
 
 
@@ -81,10 +73,11 @@ def sharing(groups: Sequence[Group]) -> list[list[int]]:
 
 def least_limit(used: int, cache: int = 0) -> int:
     """The smallest limit that affords so many bytes, and a cache of so many beside them."""
-    return (used + _with_slack(cache) + _SLACK) * _SLACK_SHARE // (_SLACK_SHARE - 1) + 1
+    return (used + with_slack(cache) + _SLACK) * _SLACK_SHARE // (_SLACK_SHARE - 1) + 1
 
 
-def _with_slack(cache: int) -> int:
+def with_slack(cache: int) -> int:
+    """A cache of so many bytes, and what comes with it."""
     return cache + cache // _CACHE_SHARE
 
 

@@ -45,6 +45,7 @@ _RIDGE = 1e-4  # of the inputs' mean square
 _MOST_CUT = 30.0  # sigmoid(40) is 1 in float64, and nothing is above it
 _SEED = 1
 _CHECKED = 1024  # rows at a time
+_PIECE_BYTES = 8 << 20  # of bundles, read at a time
 
 # Inputs x [tokens, d_model] and which neurons were active for them [tokens, neurons].
 Sample = tuple[Floats, NDArray[np.bool_]]
@@ -196,7 +197,7 @@ def read_selector(file: BundleFile, reader: Reader, group: Group) -> Selector:
         weights = kernels.widened(numbers_in(stored, part.encoding))
     else:
         weights = np.empty((group.neurons, group.d_model), dtype=np.float32)
-        step = max((8 << 20) // group.stride, 1)
+        step = max(_PIECE_BYTES // group.stride, 1)
         for start in range(0, group.neurons, step):
             ids = range(start, min(start + step, group.neurons))
             bundles = reader.read(group.layer, ids, expert=group.expert)
@@ -237,10 +238,12 @@ def _low_rank(selector: Selector, inputs: Floats, rank: int) -> tuple[Floats, Fl
     outputs = kernels.matmul(inputs - mean, selector.weights)
     basis = _principal(outputs, rank - 1)
     a = basis.T @ selector.weights
-    misses = outputs - (outputs @ basis) @ basis.T
-    errors = np.maximum(misses.std(axis=0), _LEAST_ERROR * outputs.std(axis=0)) + _tiny(outputs)
+    tiny, least = _tiny(outputs), _LEAST_ERROR * outputs.std(axis=0)
+    outputs -= (outputs @ basis) @ basis.T  # what it misses, in the same memory
+    errors = np.maximum(outputs.std(axis=0), least) + tiny
+    del outputs
     middle = selector.weights @ mean + selector.bias - basis @ (a @ mean)
-    scale = (inputs @ a.T).std(axis=0) + _tiny(outputs)
+    scale = (inputs @ a.T).std(axis=0) + tiny
     a = np.concatenate([a / scale[:, None], [_constant(inputs)]])
     b = np.concatenate([basis * scale, middle[:, None]], axis=1) * (_PROBIT / errors)[:, None]
     return a, b
@@ -262,9 +265,16 @@ def predictor_bytes(group: Group) -> int:
 
 
 def untrained_bytes(group: Group) -> int:
-    """Memory that `untrained_on_random` takes besides while it computes: the selector widened, and
-    a few matrices of outputs."""
-    return 4 * group.neurons * (group.d_model + 4 * SAMPLES)
+    """Memory that `read_selector` and `untrained_on_random` take besides while they compute: the
+    selector widened, the drawn inputs, and beside them either what the selector is widened from,
+    outputs (twice, and a few narrow matrices), or the products of a ridge regression."""
+    neurons, width = group.neurons, group.d_model
+    piece = min(_PIECE_BYTES, group.bundles.length)
+    read = 6 * piece if group.parts[0].resident is None else 8 * neurons * width
+    outputs = (2 * SAMPLES + 6 * RANK) * 4 * neurons
+    regression = 4 * (5 * width * width + 4 * RANK * neurons)
+    inputs = 5 * 4 * SAMPLES * width
+    return 4 * neurons * width + inputs + max(read, outputs, regression)
 
 
 def _sampled(selector: Selector, inputs: Floats) -> Iterator[Sample]:
@@ -316,4 +326,5 @@ def _constant(inputs: Floats) -> Floats:
 
 
 def _tiny(outputs: Floats) -> np.float32:
-    return np.float32(np.finfo(np.float16).tiny * (1 + float(np.abs(outputs).max())))
+    largest = max(float(outputs.max()), -float(outputs.min()))
+    return np.float32(np.finfo(np.float16).tiny * (1 + largest))

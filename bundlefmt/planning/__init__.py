@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from bundlefmt.errors import BundleError, naming
 from bundlefmt.file import BundleFile
-from bundlefmt.flash import profiles, reuse
+from bundlefmt.flash import predictor, profiles, reuse
 from bundlefmt.flash.budget import Budget
 from bundlefmt.flash.costmodel import DeviceProfile
 from bundlefmt.planning import advice
 from bundlefmt.planning.activity import TRACED_MODES, Activity, activity
-from bundlefmt.planning.advice import Advice
+from bundlefmt.planning.advice import Advice, Divided
 from bundlefmt.planning.token import Costs, Token
 from bundlefmt.runtime import memory as memory_of
 from bundlefmt.runtime import selection
 from bundlefmt.runtime.config import decoder_config
+from bundlefmt.runtime.draft import draft_bytes
 from bundlefmt.runtime.memory import Caching
 from bundlefmt.runtime.selection import Selecting
+from bundlefmt.runtime.text import Tokenizer
+from bundlefmt.storage.backends import DEFAULT_THREADS
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,16 @@ class PlannedStage:
 @dataclass(frozen=True)
 class Plan:
     """How the memory is divided, in bytes, and what a token is expected to take once the cache is
-    full. `streamed` are the layers whose attention finds no room, `window` how many tokens' active
+    full, for a text of up to `tokens` tokens. `least_memory` is the smallest limit that works for
+    it; `streamed` are the layers whose attention finds no room, `window` how many tokens' active
     neurons the cache holds; `activity` is `every`, `traced` or `assumed`, and
     `activity_from` what it was taken from. Milliseconds are None where `untimed` says why."""
 
     path: str
     mode: str
+    policy: str
     memory: int
+    least_memory: int
     tokens: int
     split: dict[str, int]
     ffn_bytes: int
@@ -67,22 +73,35 @@ def plan(
     *,
     mode: str = "dense",
     share: float = 0.3,
+    policy: str = "lfu",
+    window: int | None = None,
     tokens: int | None = None,
+    draft: str | os.PathLike[str] | None = None,
+    threads: int = DEFAULT_THREADS,
     traces: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
     """What `run` would do with so many bytes of memory in that mode, for a text of up to `tokens`
-    tokens, prompt included (None: as in `load_model`). `traces`, a folder that `trace` wrote,
-    says which neurons are active; without it the paper's shares are assumed. Times come from the
-    profile of the device that the file lies on, where `calibrate` has made one.
+    tokens, prompt included (None: the model's context, at most 2048). The options are those of
+    `run`, and change the answer as they change a run. `traces`, a folder that `trace` wrote, says
+    which neurons are active; without it the paper's shares are assumed. Times come from the profile
+    of the device that the file lies on, where `calibrate` has made one.
 
     Raises UsageError when the memory is too little, with the smallest that works, and for a model,
     mode or trace that cannot be; FormatError for a damaged file.
     """
-    selecting, caching = Selecting(mode, share), Caching(memory, tokens=tokens)
+    selecting = Selecting(mode, share)
+    caching = Caching(memory, policy, window, tokens, threads=threads)
     with BundleFile(path) as file, naming(path):
         config = decoder_config(file.config, len(file.groups))
-        budget = memory_of.plan(file, config, selecting, caching)
+        longest = caching.tokens_of(config)
+        reserved = 0
+        if "tokenizer.json" in file.blob_names or draft is not None:
+            # A run has it in memory when the process is measured, and its draft's then and now.
+            reserved = draft_bytes(draft, Tokenizer(file), longest, threads)
+        caching = replace(caching, reserved=reserved)
+        divided = Divided(file, config, selecting, caching, memory_of.process_bytes())
+        budget = divided.budget
         for group in file.groups:
             selection.check(mode, group)
         profile, untimed = _profile(file.path)
@@ -95,8 +114,10 @@ def plan(
         return Plan(
             path=file.path,
             mode=mode,
+            policy=policy,
             memory=memory,
-            tokens=caching.tokens_of(config),
+            least_memory=divided.least_memory,
+            tokens=longest,
             split=_split(budget),
             ffn_bytes=whole,
             cached_share=budget.cache / whole,
@@ -111,7 +132,7 @@ def plan(
             streamed=list(budget.streamed),
             milliseconds_per_token=total,
             untimed=untimed,
-            advice=_advice(file, selecting, budget, found, costs, profile),
+            advice=_advice(divided, found, costs, profile),
         )
 
 
@@ -143,19 +164,16 @@ def _stages(token: Token, profile: DeviceProfile | None) -> list[PlannedStage]:
 
 
 def _advice(
-    file: BundleFile,
-    selecting: Selecting,
-    budget: Budget,
-    found: Activity,
-    costs: Costs,
-    profile: DeviceProfile | None,
+    divided: Divided, found: Activity, costs: Costs, profile: DeviceProfile | None
 ) -> list[Advice]:
     given = [
-        *advice.memory(file.groups, budget, found.groups, costs),
-        *advice.encoding(file.groups, budget, costs),
-        *advice.choosing(file, selecting),
+        *advice.memory(divided, found.groups, costs),
+        *advice.encoding(divided, costs),
+        *advice.choosing(divided, costs),
     ]
-    if found.origin == "assumed" and selecting.mode in TRACED_MODES:
+    file, mode = divided.file, divided.selecting.mode
+    traceable = mode == "exact" or all(predictor.trained(file, group) for group in file.groups)
+    if found.origin == "assumed" and mode in TRACED_MODES and traceable:
         given.append(Advice("trace, then plan --traces counts what is active"))
     if profile is None:
         given.append(Advice("calibrate, then plan tells times"))

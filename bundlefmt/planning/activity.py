@@ -46,6 +46,11 @@ def activity(
     model, or says nothing of the mode."""
     if traces is not None:
         return _traced(file, selecting, Trace(traces), progress)
+    return assumed(file, selecting)
+
+
+def assumed(file: BundleFile, selecting: Selecting) -> Activity:
+    """What a mode needs of a file's groups by the paper's shares; in mode dense, every neuron."""
     groups = file.groups
     if selecting.mode == "dense":
         return Activity([reuse.every(group.neurons) for group in groups], "every", "all neurons")

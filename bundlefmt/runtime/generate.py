@@ -270,7 +270,9 @@ def load_model(
     return Model(
         path,
         selecting=Selecting(mode, share),
-        caching=None if memory is None else Caching(memory, policy, window, tokens, reserved),
+        caching=None
+        if memory is None
+        else Caching(memory, policy, window, tokens, reserved, threads),
         backend=backend,
         verify=verify,
         threads=threads,

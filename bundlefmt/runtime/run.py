@@ -11,7 +11,7 @@ from typing import Any
 
 from bundlefmt.file import BundleFile
 from bundlefmt.runtime.clock import Span
-from bundlefmt.runtime.draft import DraftReport, opened_draft, report_of, yet_to_take
+from bundlefmt.runtime.draft import DraftReport, draft_bytes, opened_draft, report_of
 from bundlefmt.runtime.generate import Model, load_model
 from bundlefmt.runtime.sampling import Sampling, check_count
 from bundlefmt.runtime.speculative import DRAFT_TOKENS
@@ -104,7 +104,6 @@ def run(
         "compute_threads": compute_threads,
     }
     with (
-        opened_draft(draft, tokenizer, tokens, **reading) as drafting,
         load_model(
             path,
             mode=mode,
@@ -113,10 +112,11 @@ def run(
             policy=policy,
             window=window,
             tokens=tokens,
-            reserved=yet_to_take(drafting),
+            reserved=draft_bytes(draft, tokenizer, tokens, threads),
             progress=progress,
             **reading,
         ) as model,
+        opened_draft(draft, tokens, **reading) as drafting,
     ):
         tokenizer.check(ids, model.decoder.vocabulary)
         keeps_spans = timeline is not None
