@@ -437,6 +437,7 @@ TOOLS = {
     "demonstration",
     "inspection",
     "ordering",
+    "packing",
     "planning",
     "prediction",
 }
@@ -459,6 +460,7 @@ STOREYS = (
         "demonstration",
         "inspection",
         "ordering",
+        "packing",
         "planning",
         "prediction",
     },

@@ -476,6 +476,13 @@ def test_a_small_file_that_is_huge_is_not_read(name: str, model: Path, tmp_path:
         bundlefmt.pack(model, tmp_path / "x.bundle")
 
 
+def test_a_header_of_very_many_values_is_not_taken_apart(model: Path, tmp_path: Path) -> None:
+    header = b"{" + b",".join([b'"a":0'] * (1 << 22)) + b"}"
+    (model / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(FormatError, match=r"at byte 8: too many values"):
+        bundlefmt.pack(model, tmp_path / "x.bundle")
+
+
 def test_a_crowded_folder_is_not_listed_whole(tmp_path: Path) -> None:
     for i in range(300):
         (tmp_path / f"{'x' * 40}-{i:03}").touch()

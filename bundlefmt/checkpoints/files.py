@@ -97,7 +97,7 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files: list[File] = []
-        real = Path(os.path.realpath(path))
+        real = resolved(path)
         repository = hub_repository(real)
         self._roots = [real] + ([repository / "blobs"] if repository else [])
 
@@ -116,10 +116,7 @@ class Folder:
         """A file of the folder, kept open until `close`. Raises UsageError as File does, and for a
         link that leads out of the folder."""
         path = self.path / name
-        try:
-            real = Path(os.path.realpath(path))
-        except (OSError, ValueError) as error:
-            raise _cannot_open(path, error) from error
+        real = resolved(path)
         if not any(real.is_relative_to(root) for root in self._roots):
             raise UsageError(
                 "leads out of the checkpoint's folder: copy the file there",
@@ -154,6 +151,14 @@ def exists(path: Path) -> bool:
     except (OSError, ValueError) as error:
         raise _cannot_open(path, error) from error
     return True
+
+
+def resolved(path: Path) -> Path:
+    """Where `path` leads, links followed. Raises UsageError where that cannot be told."""
+    try:
+        return Path(os.path.realpath(path))
+    except (OSError, ValueError) as error:
+        raise _cannot_open(path, error) from error
 
 
 def hub_repository(path: Path) -> Path | None:

@@ -55,6 +55,7 @@ MAX_COMPANION = 256 << 20
 _MAX_CONFIG = 24 << 20  # it is parsed: a list of nothing takes 20 times its text in memory
 _MAX_INDEX = 32 << 20
 _MAX_HEADER = 100 << 20  # safetensors' own limit
+_MOST_MARKS = 1 << 21  # commas and opening brackets, eight for a tensor: bounds time and memory
 _LFS = b"version https://git-lfs.github.com/spec/"
 _CHUNK = 16 << 20
 _NAMES_SHOWN = 8
@@ -229,6 +230,15 @@ def parse_header(path: Path, header: bytes, file: File | None = None) -> tuple[S
     """The tensors that a safetensors header describes, by offset, checked: known dtypes, lengths
     that fit, data without gaps or overlap. `path` is the file that they are in, `file` the same,
     open, where they are to be read."""
+    marks = sum(map(header.count, (b",", b"[", b"{")))
+    if marks > _MOST_MARKS:
+        raise FormatError(
+            "too many values",
+            file=path,
+            offset=8,
+            expected=f"at most {_MOST_MARKS} commas and opening brackets",
+            found=marks,
+        )
     try:
         raw = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
         msgspec.json.decode(raw.get("__metadata__", b"{}"), type=dict[str, str])

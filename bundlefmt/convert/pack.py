@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from bundlefmt import __version__
 from bundlefmt.checkpoints.families import UNKNOWN, Activation, Family, activation_of, head_of
 from bundlefmt.checkpoints.ffns import find_ffns, is_adapters, is_unused, needed
-from bundlefmt.checkpoints.files import exists, hub_repository
+from bundlefmt.checkpoints.files import exists, hub_repository, resolved
 from bundlefmt.checkpoints.sources import Checkpoint, SourceTensor, open_checkpoint
 from bundlefmt.convert.plan import GroupPlan, plan_group
 from bundlefmt.convert.progress import Progress, silent
@@ -145,10 +145,10 @@ def pack(
 def default_path(checkpoint: Checkpoint) -> Path:
     """`model.bundle` beside `model.safetensors`; `folder.bundle` beside `folder`; of a model in the
     Hub's cache, `name.bundle` in the current folder."""
-    folder = Path(os.path.realpath(checkpoint.folder.path))
+    folder = resolved(checkpoint.folder.path)
     repository = hub_repository(folder)
     if repository is not None:
-        here = Path(os.path.realpath("."))
+        here = resolved(Path())
         if here.is_relative_to(repository.parent):
             raise UsageError(
                 "this folder is in the Hub's cache, which takes no other files: give -o (path)",
