@@ -387,6 +387,10 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "nothing but steps": ({"decoder": sequence(*[{"type": "Fuse"}] * 300)}, "too many steps"),
     "a long normalizer": ({"normalizer": [""] * (2 << 20)}, "normalizer: .*too many bytes"),
     "many values": ({"junk": [0] * 4_000_001}, "too many values"),
+    "a long suffix": (
+        {"model": {"type": "BPE", "vocab": {}, "merges": [], "end_of_word_suffix": "x" * 999}},
+        "model: .*suffix",
+    ),
     "no model": ({"model": None}, "not understood"),
     "deep nesting": ({"normalizer": None, "version": "1.0", "model": []}, "not understood"),
 }
