@@ -370,6 +370,15 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
         "normalizer: .*too many",
     ),
     "a template of a million": ({"post_processor": template(1000, 1000)}, "too many added"),
+    "a template of many copies": (
+        {
+            "post_processor": {
+                **template(1, 1),
+                "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 900,
+            }
+        },
+        "too many copies of the text",
+    ),
     "a long added token": ({"added_tokens": [added("x" * 5000)]}, "too many bytes of an added"),
     "a long pattern": (
         {"pre_tokenizer": {**SPLIT, "pattern": {"Regex": "a" * 99999}}},

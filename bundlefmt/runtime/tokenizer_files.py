@@ -250,7 +250,11 @@ def _check_templates(steps: list[dict[str, Any]]) -> None:
             if isinstance(token, dict) and isinstance(token.get("ids"), list)
         ]
         pieces = step.get("single")
-        count = len(pieces) * max([1, *ids]) if isinstance(pieces, list) else 0
+        pieces = pieces if isinstance(pieces, list) else []
+        texts = sum(isinstance(piece, dict) and "Sequence" in piece for piece in pieces)
+        if texts > 1:
+            raise _too_much("copies of the text", 1, texts, field="post_processor")
+        count = len(pieces) * max([1, *ids])
         if count > _MOST_TEMPLATE:
             raise _too_much("added special tokens", _MOST_TEMPLATE, count, field="post_processor")
 
