@@ -1,0 +1,29 @@
+"""Regular files, read whole: a FIFO would keep its reader waiting, a device send bytes for ever."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """The file, for reading. Raises OSError where there is no regular file of that name."""
+    try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):  # some devices act when they are opened
+            raise OSError(errno.EINVAL, "not a regular file")
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        return os.fdopen(os.open(path, flags), "rb")
+    except ValueError as error:  # a name that no file can have
+        raise OSError(errno.EINVAL, str(error)) from None
+
+
+def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
+    """The content. Raises OSError when it cannot be read or is longer than `most` bytes."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"longer than {most:,} bytes")
+        return file.read(size)  # it takes memory for all that is asked for
