@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -233,3 +234,10 @@ def test_generation_for_lm_eval_stops_before_a_stop_sequence(adapter: Any) -> No
     stop = free[5:8]
     options = {"max_gen_toks": 24, "until": [stop]}
     assert adapter.generate_until([request("ROMEO:", options)]) == [free[: free.index(stop)]]
+
+
+@pytest.mark.parametrize("name", ["fifo", "/dev/zero", "no\0name", "\ud800", "."])
+def test_only_a_regular_file_is_a_text(demo_bundle: Path, tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(bundlefmt.UsageError, match="cannot be read"):
+        bundlefmt.evaluate(demo_bundle, os.path.join(tmp_path, name))  # noqa: PTH118

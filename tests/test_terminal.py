@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
 
+from bundlefmt.cli import main, verify
 from tests.conftest import DEMO, ROOT
 from tests.test_cli import ENVIRONMENT, Result, is_one_line
 
@@ -69,6 +71,14 @@ def test_what_an_encoding_lacks_is_escaped(run: str, variables: dict[str, str], 
     done = shell(run, **variables)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(shown)
+
+
+def test_a_warning_is_one_line(
+    demo_bundle: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verify, "run", lambda args: warnings.warn("two\nlines", stacklevel=1) or 0)
+    assert main(["verify", str(demo_bundle)]) == 0
+    assert capfd.readouterr().err == "bundlefmt verify: warning: two\\nlines\n"
 
 
 # Standard output and error that cannot be written.
@@ -200,8 +210,6 @@ def test_an_interrupt_that_the_shell_ignores_is_ignored(hooked: Path, demo_bundl
 
 
 def test_a_program_that_calls_main_keeps_its_own_handler(demo_bundle: Path) -> None:
-    from bundlefmt.cli import main
-
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)
     assert main(["verify", str(demo_bundle)]) == 0
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)) == before

@@ -370,6 +370,15 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
         "normalizer: .*too many",
     ),
     "a template of a million": ({"post_processor": template(1000, 1000)}, "too many added"),
+    "a template of many copies": (
+        {
+            "post_processor": {
+                **template(1, 1),
+                "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 900,
+            }
+        },
+        "too many copies of the text",
+    ),
     "a long added token": ({"added_tokens": [added("x" * 5000)]}, "too many bytes of an added"),
     "a long pattern": (
         {"pre_tokenizer": {**SPLIT, "pattern": {"Regex": "a" * 99999}}},
@@ -387,6 +396,10 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "nothing but steps": ({"decoder": sequence(*[{"type": "Fuse"}] * 300)}, "too many steps"),
     "a long normalizer": ({"normalizer": [""] * (2 << 20)}, "normalizer: .*too many bytes"),
     "many values": ({"junk": [0] * 4_000_001}, "too many values"),
+    "a long suffix": (
+        {"model": {"type": "BPE", "vocab": {}, "merges": [], "end_of_word_suffix": "x" * 999}},
+        "model: .*suffix",
+    ),
     "no model": ({"model": None}, "not understood"),
     "deep nesting": ({"normalizer": None, "version": "1.0", "model": []}, "not understood"),
 }

@@ -78,6 +78,8 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _command(argv: Sequence[str] | None) -> int:
+    import warnings
+
     from bundlefmt.cli.arguments import choose_core
     from bundlefmt.cli.output import complain
     from bundlefmt.cli.parser import make_parser
@@ -85,8 +87,14 @@ def _command(argv: Sequence[str] | None) -> int:
 
     args = make_parser(COMMANDS).parse_args(argv)
     choose_core(args)
+
+    def show(message: Warning | str, *where: object, **more: object) -> None:
+        complain(f"warning: {message}", args.command)
+
     try:
-        status: int = args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            status: int = args.run(args)
     except BundleError as error:
         complain(error, args.command)
         return 2 if isinstance(error, UsageError) else 1

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bundlefmt.errors import UsageError
+from bundlefmt.file import BundleFile
 from bundlefmt.runtime.evaluate import (
     WHOLE_MODES,
     hidden_states,
@@ -46,8 +47,9 @@ class BundleLM(TemplateLM):
         device: object = None,
     ) -> None:
         super().__init__()
+        with BundleFile(path) as file:
+            self._text = Tokenizer(file)
         self.model = load_model(path, mode=mode)
-        self._text = Tokenizer(self.model.file)
 
     @property
     def max_length(self) -> int:

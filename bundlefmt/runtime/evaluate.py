@@ -8,22 +8,24 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bundlefmt.errors import FormatError, UsageError, naming
+from bundlefmt.file import BundleFile
 from bundlefmt.kernels import Floats
 from bundlefmt.runtime.generate import Model, load_model
 from bundlefmt.runtime.sampling import check_count, check_logits
 from bundlefmt.runtime.text import Tokenizer
+from bundlefmt.storage.regular import read_regular
 
 # Modes in which a token's logits do not depend on the tokens that are fed with it.
 WHOLE_MODES = ("dense", "exact")
 
 _CONTEXT = 512  # tokens of a window, where the model's context is not smaller
+_MOST_TEXT = 256 << 20  # bytes
 _LOGITS_BYTES = 32 << 20  # of log-probabilities in memory at once, for one model
 
 
@@ -91,6 +93,8 @@ def evaluate(
     """
     if context is not None and check_count("context", context) < 2:
         raise UsageError("out of range", field="context", expected="2 or more", found=context)
+    with BundleFile(path) as file:  # before the model: it is part of the process that is limited
+        tokenizer = Tokenizer(file)
     with ExitStack() as stack:
         model = stack.enter_context(
             load_model(
@@ -103,7 +107,6 @@ def evaluate(
             )
         )
         width = window_width(model, context)
-        tokenizer = Tokenizer(model.file)
         text = _text(text_path, tokenizer, max_tokens)
         tokenizer.check(text.ids, model.decoder.vocabulary)
         single = one_at_a_time
@@ -174,7 +177,7 @@ def window_width(model: Model, context: int | None = None) -> int:
 
 def hidden_states(model: Model, ids: Sequence[int], at_once: int) -> Floats:
     """Hidden states float32 [tokens, width of the head] of the tokens, fed `at_once` at a time."""
-    cache = model.decoder.new_cache()
+    cache = model.decoder.new_cache(len(ids))
     return np.concatenate(
         [
             model.decoder.forward(ids[start : start + at_once], cache)
@@ -210,7 +213,7 @@ def _text(path: str | os.PathLike[str], tokenizer: Tokenizer, max_tokens: int | 
     if max_tokens is not None and check_count("max_tokens", max_tokens) < 2:
         raise UsageError("out of range", field="max_tokens", expected="2 or more", found=max_tokens)
     try:
-        text = Path(path).read_bytes().decode()
+        text = read_regular(path, _MOST_TEXT).decode()
     except OSError as error:
         raise UsageError(f"text cannot be read: {error.strerror}", file=path) from None
     except UnicodeDecodeError as error:

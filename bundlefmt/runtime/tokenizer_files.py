@@ -40,6 +40,7 @@ _MOST_STEP_BYTES = 4 << 20  # of all normalizers, say; a character map has 0.5 M
 _MOST_STEPS = 256  # normalizers, pre-tokenizers, decoders and post-processors in all
 _MOST_PATTERN = 16 << 10  # characters of a regular expression
 _MOST_EXPANSION = 1024  # bytes that one byte of text may become; T5's may become 99
+_MOST_AFFIX = 64  # bytes; `##` and `</w>` are in use
 _MOST_ADDED_TOKEN = 1024  # bytes
 _MOST_ADDED = 8 << 20  # bytes of all added tokens: the library builds one automaton of them
 _MOST_TEMPLATE = 1024  # special tokens that are added to a text
@@ -68,6 +69,13 @@ class _File(msgspec.Struct):
     pre_tokenizer: Raw = _NOTHING
     post_processor: Raw = _NOTHING
     decoder: Raw = _NOTHING
+
+
+class _Model(msgspec.Struct):
+    """What the library adds to each character or piece of a word."""
+
+    continuing_subword_prefix: str | None = None
+    end_of_word_suffix: str | None = None
 
 
 class _AddedToken(msgspec.Struct):
@@ -139,12 +147,16 @@ def _checked(data: bytes) -> bytes:
                 raise _too_much("bytes", _MOST_STEP_BYTES, len(part), field=name)
         steps = {name: list(_steps(msgspec.json.decode(part))) for name, part in parts.items()}
         added = msgspec.json.decode(file.added_tokens, type=list[_AddedToken])
+        model = msgspec.json.decode(file.model, type=_Model)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise FormatError(f"tokenizer not understood: {error}") from None
     _check_steps([step for found in steps.values() for step in found])
     for name in ("normalizer", "decoder"):
         _check_expansion(name, steps[name])
     _check_templates(steps["post_processor"])
+    affix = max(_length(model.continuing_subword_prefix), _length(model.end_of_word_suffix))
+    if affix > _MOST_AFFIX:
+        raise _too_much("bytes of a prefix or suffix", _MOST_AFFIX, affix, field="model")
     lengths = [len(token.content.encode()) for token in added]
     if max(lengths, default=0) > _MOST_ADDED_TOKEN:
         raise _too_much("bytes of an added token", _MOST_ADDED_TOKEN, max(lengths))
@@ -238,7 +250,11 @@ def _check_templates(steps: list[dict[str, Any]]) -> None:
             if isinstance(token, dict) and isinstance(token.get("ids"), list)
         ]
         pieces = step.get("single")
-        count = len(pieces) * max([1, *ids]) if isinstance(pieces, list) else 0
+        pieces = pieces if isinstance(pieces, list) else []
+        texts = sum(isinstance(piece, dict) and "Sequence" in piece for piece in pieces)
+        if texts > 1:
+            raise _too_much("copies of the text", 1, texts, field="post_processor")
+        count = len(pieces) * max([1, *ids])
         if count > _MOST_TEMPLATE:
             raise _too_much("added special tokens", _MOST_TEMPLATE, count, field="post_processor")
 
