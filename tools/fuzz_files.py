@@ -136,6 +136,7 @@ def _of_one_worker(numbers: range, seed: int, seeds: Path, folder: Path) -> Iter
         subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
+            bufsize=0,  # nothing may wait in a buffer of ours, where `select` does not see it
             stderr=said,
             cwd=Path(__file__).resolve().parent.parent,
             env={**os.environ, **_ENVIRONMENT},

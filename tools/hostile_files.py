@@ -586,7 +586,7 @@ def read_trace(path: Path) -> None:
     for index in range(len(trace.info.layers)):
         layer = trace.layer(index)
         tokens = np.arange(min(trace.info.tokens, 100))
-        layer.active(tokens)
+        layer.fired(tokens)  # not `active`, whose size is what the trace says of the model
         np.asarray(layer.inputs).sum(dtype=np.float64)
 
 
