@@ -23,7 +23,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
     """The content. Raises OSError when it cannot be read or is longer than `most` bytes."""
     with open_regular(path) as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise OSError(errno.EFBIG, f"longer than {most:,} bytes")
-    return content
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"longer than {most:,} bytes")
+        return file.read(size)  # it takes memory for all that is asked for
