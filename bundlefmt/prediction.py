@@ -32,7 +32,7 @@ from bundlefmt.runtime.text import Tokenizer
 from bundlefmt.storage.regular import read_regular
 
 EPOCHS = 2
-_MOST_TEXT = 1 << 30  # bytes
+_MOST_TEXT = 256 << 20  # bytes
 _WINDOW = 512  # tokens that see each other, as in a run of that length
 
 

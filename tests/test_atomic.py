@@ -567,6 +567,37 @@ def test_folders_made_on_the_way_go_again_when_the_block_raises(tmp_path: Path) 
     assert _names(tmp_path / "a/b/c") == sorted(NAMES)
 
 
+@ways
+def test_whenever_a_writer_is_interrupted_all_is_there_or_nothing(
+    write: Write, tmp_path: Path
+) -> None:
+    """Before each call of the system that touches files."""
+    target = tmp_path / "x"
+    write(target)
+    whole = _everything(tmp_path)
+    watched = {"mkdir", "open", "pwrite", "fsync", "link", "rename", "replace", "unlink", "rmdir"}
+    for calls in range(1000):
+        shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        left = iter(range(calls))
+
+        def interrupt(frame: Any, event: str, called: Any, left: Iterator[int] = left) -> None:
+            if event == "c_call" and called.__name__ in watched and next(left, None) is None:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+        sys.setprofile(interrupt)
+        try:
+            write(target)
+        except KeyboardInterrupt:
+            assert _everything(tmp_path) in ([], ["x"] * target.is_dir(), whole)
+        else:
+            break
+        finally:
+            sys.setprofile(None)
+    assert calls > 8
+    assert _everything(tmp_path) == whole
+
+
 @pytest.mark.parametrize("there", [True, False], ids=["a folder that is there", "a new folder"])
 def test_whenever_a_writer_of_files_is_killed_the_next_finds_all_or_nothing(
     there: bool, tmp_path: Path

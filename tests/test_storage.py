@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from bundlefmt.storage.backends import (
 )
 from bundlefmt.storage.backends.mapped import Mapped
 from bundlefmt.storage.buffers import KEPT, LARGEST, PAGE, Recycled, aligned_empty
-from bundlefmt.storage.device import drop_cache, probe_direct, resident_memory
+from bundlefmt.storage.device import device_identity, drop_cache, probe_direct, resident_memory
 from tests.conftest import without_sanitizers
 
 PADDED = 256 * 4096  # bytes: as long as a bundle file could be
@@ -670,6 +671,24 @@ def test_a_closed_backend_holds_no_descriptor(files: dict[int, Path], name: str)
     backend.submit(one(0, np.empty(10, dtype=np.uint8))).wait()
     backend.close()
     assert sorted(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+def test_a_device_is_known_whatever_its_mount_point_is_called(tmp_path: Path) -> None:
+    folder = tmp_path / "a\x0c\x1c\udcff b\n\u2028"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "some disk", folder]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting takes root")
+    try:
+        assert device_identity(folder) == "tmpfs-some\\040disk"
+        assert device_identity(tmp_path) != device_identity(folder)
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+    for missing in (tmp_path / "missing", "a\0b"):
+        with pytest.raises(UsageError, match="no such file"):
+            device_identity(missing)
 
 
 @without_sanitizers("freed memory is kept for a while")

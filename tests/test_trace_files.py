@@ -10,6 +10,7 @@ import resource
 import shutil
 import struct
 import subprocess
+import tracemalloc
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,7 @@ import bundlefmt
 from bundlefmt.errors import BundleError, FormatError, UsageError, WriteError
 from bundlefmt.flash.order import make_order, requests
 from bundlefmt.flash.traces import Trace, new_trace
+from bundlefmt.storage.regular import read_regular
 from tests.conftest import FIXTURES, killed_before
 
 NEURONS, D_MODEL, TOKENS = 72, 32, 110  # of the fixture, and of its trace
@@ -267,6 +269,23 @@ def test_links_to_regular_files_are_followed(spoilt: Path, recorded: Path) -> No
 def test_a_path_that_holds_no_trace_is_a_usage_error(folder: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no trace"):
         Trace(tmp_path / folder)
+
+
+def test_a_small_file_takes_little_memory_to_read(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"small")
+    (tmp_path / "y").touch()
+    os.truncate(tmp_path / "y", 1 << 40)
+    tracemalloc.start()
+    try:
+        assert read_regular(tmp_path / "x", 1 << 50) == b"small"
+        assert read_regular(tmp_path / "x", 5) == b"small"
+        with pytest.raises(OSError, match="longer than 4 bytes"):
+            read_regular(tmp_path / "x", 4)
+        with pytest.raises(OSError, match="longer than"):
+            read_regular(tmp_path / "y", 1 << 30)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", ["missing", "a\0b", "\ud800", "x" * 5000, "fifo", "zero", "."])

@@ -395,3 +395,17 @@ def test_short_writes_are_carried_on(plain: Path) -> None:
         bundlefmt.append(plain, **UPDATE)
     assert_new(plain)
     assert bundlefmt.verify(plain).ok
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_updated_all_the_same(
+    number: int, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(fd: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refusing)
+    bundlefmt.append(plain, tensors={"x": np.ones(5, np.float32)})
+    assert bundlefmt.verify(plain).ok
+    with bundlefmt.open(plain) as file:
+        assert file.tensor("x").tolist() == [1] * 5

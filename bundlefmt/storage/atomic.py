@@ -218,7 +218,11 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
         with _locked(temporary):
             yield temporary
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+        except KeyboardInterrupt:  # removing many files takes time
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def _rename(temporary: Path, target: Path) -> None:
