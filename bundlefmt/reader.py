@@ -341,6 +341,8 @@ class Reader:
         known: NDArray[np.uint8] | None = None,
     ) -> Bundles:
         """The bundles of those neurons, in that order; an id may stand in the batch repeatedly.
+        Their memory is used for another batch once no view of it is left (`storage.buffers`:
+        at most 64 MiB are kept for that, until the reader goes).
 
         `out`, uint8 [n, at least stride] with contiguous rows, takes the bundles (rows aligned to
         the device are written without a copy); with `rows`, an int64 [n], the k-th goes into

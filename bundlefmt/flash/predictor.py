@@ -31,6 +31,7 @@ from bundlefmt.layout.encodings import ENCODINGS, all_finite, numbers_in
 from bundlefmt.layout.header import Group
 from bundlefmt.layout.header import Predictor as Entry
 from bundlefmt.reader import Reader
+from bundlefmt.storage.buffers import aligned_empty
 
 RANK = 128  # of a predictor, where nobody says; the paper's for most of its layers
 RECALL = 0.95  # likewise
@@ -198,9 +199,11 @@ def read_selector(file: BundleFile, reader: Reader, group: Group) -> Selector:
     else:
         weights = np.empty((group.neurons, group.d_model), dtype=np.float32)
         step = max(_PIECE_BYTES // group.stride, 1)
+        # Memory of its own: what the reader recycles would stay for as long as it is open.
+        rows = aligned_empty(step * group.stride).reshape(step, group.stride)
         for start in range(0, group.neurons, step):
             ids = range(start, min(start + step, group.neurons))
-            bundles = reader.read(group.layer, ids, expert=group.expert)
+            bundles = reader.read(group.layer, ids, expert=group.expert, out=rows[: len(ids)])
             weights[start : ids.stop] = kernels.widened(bundles.part(part.name))
     bias = file.bias(group, part.name)
     bias = np.zeros(group.neurons, dtype=np.float32) if bias is None else bias
