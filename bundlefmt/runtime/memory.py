@@ -40,6 +40,7 @@ POLICIES = ("lfu", "lru", "window", "none")
 MIB = 1 << 20
 _MOST_BYTES = sys.maxsize
 _MOST_TOKENS = 1 << 32
+_MOST_THREADS = 1 << 16
 _FEWEST_STREAMED = 3  # layers: with two pieces of memory for them, fewer spare nothing
 _LEAST_CACHE = 0.05  # of all bundles: a smaller cache costs more reads than streaming saves memory
 _TABLE_BYTES = 64  # per neuron: checksum, biases, places, worth; what its slot has of those
@@ -73,6 +74,7 @@ class Caching:
     def __post_init__(self) -> None:
         integer(self.memory, "memory", 0, _MOST_BYTES)
         integer(self.reserved, "reserved", 0, _MOST_BYTES)
+        integer(self.threads, "threads", 1, _MOST_THREADS)
         if self.tokens is not None:
             integer(self.tokens, "tokens", 1, _MOST_TOKENS)
         if self.policy not in POLICIES:
