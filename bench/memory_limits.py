@@ -69,6 +69,10 @@ MADE = {
 }
 DRAFTS = {"opt": Made("opt-6.7b", 2, 256, 1024)}
 DEMO = "demo"
+_HEADING = (
+    f"{'model':<10} {'mode':<16} {'policy':<7} {'backend':<9} {'words':>5} {'draft':<6} "
+    f"{'limit':<16}" + "".join(f"{name:>9}" for name in ("MiB", "taken", "tables", "left"))
+)
 MODES = ("dense", "exact", "topk", "predict", "predict, trained")
 LIMITS = ("least", "least + 10 %", "half of the FFN", "all of the FFN")
 BACKENDS = ("auto", "direct", "buffered")
@@ -115,6 +119,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
+        print(_HEADING)
         try:
             outcomes = [_shown(run(folder, case)) for case in cases(args)]
         except BundleError as error:

@@ -22,7 +22,9 @@ from bundlefmt.flash.budget import Needs, divide
 from bundlefmt.flash.predictor import read_selector, untrained
 from bundlefmt.flash.readahead import MOST_WASTED
 from bundlefmt.layout.header import Predictor
+from bundlefmt.runtime import attention as attention_of
 from bundlefmt.runtime import memory as memory_of
+from bundlefmt.runtime import scratch
 from bundlefmt.runtime.config import decoder_config
 from bundlefmt.runtime.generate import Model
 from bundlefmt.runtime.memory import POLICIES, Caching, make_caches, needs
@@ -410,6 +412,23 @@ def test_sizes_that_cannot_be_are_refused(demo_bundle: Path, name: str, value: A
     if name != "reserved":
         with pytest.raises(UsageError, match=name):
             bundlefmt.plan(demo_bundle, **options)
+
+
+@pytest.mark.parametrize("before", [50 << 20, (80 << 20) - 4096, (80 << 20) - (1 << 19), 95 << 20])
+def test_the_limit_that_is_named_works_in_a_process_larger_by_some_pages(
+    demo_bundle: Path, monkeypatch: pytest.MonkeyPatch, before: int
+) -> None:
+    monkeypatch.setattr(memory_of, "resident_memory", lambda: before)
+    with pytest.raises(UsageError, match="too little memory") as refused:
+        bundlefmt.load_model(demo_bundle, memory=1)
+    (named,) = re.findall(r"--memory (\d+)MiB", str(refused.value))
+    monkeypatch.setattr(memory_of, "resident_memory", lambda: before + (1 << 19))
+    with bundlefmt.load_model(demo_bundle, memory=int(named) << 20) as model:
+        assert model.budget is not None
+
+
+def test_what_passes_take_is_counted_for_the_queries_that_attention_takes() -> None:
+    assert scratch._QUERIES == attention_of._QUERIES
 
 
 def test_only_streaming_that_spares_memory_is_done(

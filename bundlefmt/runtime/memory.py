@@ -1,8 +1,10 @@
 """What a model needs of memory besides the neuron cache, and the caches that a budget affords.
 
 Strategy: a limit is divided before anything is loaded, by figures that follow from the file and the
-options alone, so that `plan` and `run` come to the same. Only the process's own size is measured;
-it varies by some pages from start to start, and is rounded up so far that this changes nothing.
+options alone, so that `plan` and `run` come to the same. Only the process's own size is measured.
+It varies by some pages from start to start: it is rounded up to the least that a run takes, or to
+steps beside which pages are small, and the limit that a refusal names has room for one step more
+where the next start may need it.
 """
 
 from __future__ import annotations
