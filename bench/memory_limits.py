@@ -37,7 +37,7 @@ from bundlefmt.runtime.memory import POLICIES
 from tools import make_checkpoint
 
 _PLENTY = 8 << 30
-_SECONDS = 300.0
+_SECONDS = 1200.0
 _MIB = 1 << 20
 _RANK = 64  # of the predictors that models get
 
@@ -69,11 +69,15 @@ MADE = {
 }
 DRAFTS = {"opt": Made("opt-6.7b", 2, 256, 1024)}
 DEMO = "demo"
+_HEADING = (
+    f"{'model':<10} {'mode':<16} {'policy':<7} {'backend':<9} {'words':>5} {'draft':<6} "
+    f"{'limit':<16}" + "".join(f"{name:>9}" for name in ("MiB", "taken", "tables", "left"))
+)
 MODES = ("dense", "exact", "topk", "predict", "predict, trained")
 LIMITS = ("least", "least + 10 %", "half of the FFN", "all of the FFN")
 BACKENDS = ("auto", "direct", "buffered")
-PROMPTS = (8, 700)  # tokens, or what the context has room for
-NEW_TOKENS = 12
+PROMPTS = (8, 300)  # tokens, or what the context has room for
+NEW_TOKENS = 6
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
+        print(_HEADING)
         try:
             outcomes = [_shown(run(folder, case)) for case in cases(args)]
         except BundleError as error:
@@ -167,6 +172,8 @@ def run(folder: Path, case: Case) -> Outcome:
     ended = _in_group(limit, [*command, "--memory", str(limit)])
     taken = re.search(r"^taken (\d+) (\d+)$", ended.err, re.MULTILINE)
     note = "ended by the kernel" if ended.killed_for_memory else ""
+    if not note and ended.timed_out:
+        note = "not done in time"
     if not note and ended.status:
         note = f"status {ended.status}: {ended.err.strip()[-200:]}"
     high, tables = map(int, taken.groups()) if taken else (0, 0)

@@ -22,6 +22,9 @@ from bundlefmt.flash.budget import Needs, divide
 from bundlefmt.flash.predictor import read_selector, untrained
 from bundlefmt.flash.readahead import MOST_WASTED
 from bundlefmt.layout.header import Predictor
+from bundlefmt.runtime import attention as attention_of
+from bundlefmt.runtime import memory as memory_of
+from bundlefmt.runtime import scratch
 from bundlefmt.runtime.config import decoder_config
 from bundlefmt.runtime.generate import Model
 from bundlefmt.runtime.memory import POLICIES, Caching, make_caches, needs
@@ -389,13 +392,65 @@ def test_groups_of_one_stride_share_their_slots(demo_bundle: Path) -> None:
     assert not np.shares_memory(first.rows, other.rows)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("memory", value) for value in (0, -1, 10**30, 1e9, float("nan"), True, "7GiB", [])),
+        *(("tokens", value) for value in (0, -5, 1.5, "x", True, 10**30)),
+        *(("reserved", value) for value in (-1, None, 2.0, 10**30)),
+        *(("window", value) for value in (0, -1, 2.5, "x")),
+        ("policy", "fifo"),
+        ("threads", 1.5),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(demo_bundle: Path, name: str, value: Any) -> None:
+    options: dict[str, Any] = {"memory": PLENTY, name: value}
+    if name == "window":
+        options["policy"] = "window"
+    with pytest.raises(UsageError, match=name):
+        bundlefmt.load_model(demo_bundle, **options)
+    if name != "reserved":
+        with pytest.raises(UsageError, match=name):
+            bundlefmt.plan(demo_bundle, **options)
+
+
+@pytest.mark.parametrize("before", [50 << 20, (80 << 20) - 4096, (80 << 20) - (1 << 19), 95 << 20])
+def test_the_limit_that_is_named_works_in_a_process_larger_by_some_pages(
+    demo_bundle: Path, monkeypatch: pytest.MonkeyPatch, before: int
+) -> None:
+    monkeypatch.setattr(memory_of, "resident_memory", lambda: before)
+    with pytest.raises(UsageError, match="too little memory") as refused:
+        bundlefmt.load_model(demo_bundle, memory=1)
+    (named,) = re.findall(r"--memory (\d+)MiB", str(refused.value))
+    monkeypatch.setattr(memory_of, "resident_memory", lambda: before + (1 << 19))
+    with bundlefmt.load_model(demo_bundle, memory=int(named) << 20) as model:
+        assert model.budget is not None
+
+
+def test_what_passes_take_is_counted_for_the_queries_that_attention_takes() -> None:
+    assert scratch._QUERIES == attention_of._QUERIES
+
+
+def test_only_streaming_that_spares_memory_is_done(
+    demo_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one layer is much larger than the others, room for two of it costs more than they all
+    take."""
+    rooms = iter([10, 10, 10, 10, 10_000] * 100)
+    monkeypatch.setattr(memory_of, "room_for", lambda matrices: next(rooms) << 10)
+    least = least_memory(demo_bundle, tokens=64)
+    with cached(demo_bundle, least) as model:
+        assert model.budget is not None
+        assert model.budget.needs.total <= least
+        assert model.budget.streamed == (0, 1, 2, 3)
+
+
 @without_sanitizers("they keep memory of their own")
-def test_the_process_keeps_within_its_limit(demo_bundle: Path) -> None:
-    command = [sys.executable, "-m", "bundlefmt", "run", str(demo_bundle), "--prompt", "ROMEO:"]
-    command += ["--mode", "exact", "--json", "--memory"]
+@pytest.mark.parametrize("mode", ["dense", "predict"])
+def test_the_process_keeps_within_the_least_that_is_named(demo_bundle: Path, mode: str) -> None:
+    command = [sys.executable, "-m", "bundlefmt", "run", str(demo_bundle), "--mode", mode]
+    command += ["--prompt", "ROMEO: " * 30, "--max-new-tokens", "8", "--json", "--memory"]
     refused = subprocess.run([*command, "1M"], capture_output=True, text=True, env=os.environ)
-    (least,) = re.findall(r"\((\d+) bytes\): --memory", refused.stderr)
-    memory = int(least) + (2 << 20)
-    done = subprocess.run([*command, str(memory)], capture_output=True, text=True, check=True)
-    report = json.loads(done.stdout)
-    assert report["peak_memory"] <= memory
+    (least,) = re.findall(r"--memory (\d+)MiB", refused.stderr)
+    done = subprocess.run([*command, f"{least}MiB"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["peak_memory"] <= int(least) << 20

@@ -1,8 +1,10 @@
 """What a model needs of memory besides the neuron cache, and the caches that a budget affords.
 
 Strategy: a limit is divided before anything is loaded, by figures that follow from the file and the
-options alone, so that `plan` and `run` come to the same. Only the process's own size is measured;
-it varies by some pages from start to start, and is rounded up so far that this changes nothing.
+options alone, so that `plan` and `run` come to the same. Only the process's own size is measured.
+It varies by some pages from start to start: it is rounded up to the least that a run takes, or to
+steps beside which pages are small, and the limit that a refusal names has room for one step more
+where the next start may need it.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ POLICIES = ("lfu", "lru", "window", "none")
 MIB = 1 << 20
 _MOST_BYTES = sys.maxsize
 _MOST_TOKENS = 1 << 32
+_MOST_THREADS = 1 << 16
 _FEWEST_STREAMED = 3  # layers: with two pieces of memory for them, fewer spare nothing
 _LEAST_CACHE = 0.05  # of all bundles: a smaller cache costs more reads than streaming saves memory
 _TABLE_BYTES = 64  # per neuron: checksum, biases, places, worth; what its slot has of those
@@ -73,6 +76,7 @@ class Caching:
     def __post_init__(self) -> None:
         integer(self.memory, "memory", 0, _MOST_BYTES)
         integer(self.reserved, "reserved", 0, _MOST_BYTES)
+        integer(self.threads, "threads", 1, _MOST_THREADS)
         if self.tokens is not None:
             integer(self.tokens, "tokens", 1, _MOST_TOKENS)
         if self.policy not in POLICIES:
