@@ -1,11 +1,3 @@
-"""Benchmarks of the installed package, run from this repository's folder.
+"""Benchmarks, run from this repository's folder."""
 
-The installed package has the native core. The source tree beside this folder has none, and would
-hide it.
-"""
-
-import sys
-from pathlib import Path
-
-_ROOT = Path(__file__).resolve().parent.parent
-sys.path.sort(key=lambda entry: Path(entry).resolve() == _ROOT)  # stable: last, if it is there
+import tools  # noqa: F401 - it lets the installed package come first

@@ -6,7 +6,6 @@ import functools
 import io
 import json
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,6 +30,7 @@ from bundlefmt.storage.backends import (
     open_backend,
 )
 from bundlefmt.storage.buffers import aligned_empty
+from bundlefmt.storage.regular import open_descriptor
 from bundlefmt.storage.sequential import spanning
 
 _INTEGERS = (int, np.integer)
@@ -50,7 +50,10 @@ class BundleFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = _as_text(path)
         self._backend: Backend | None = None
-        self._fd = _open_regular(self.path)
+        try:
+            self._fd = open_descriptor(self.path)
+        except OSError as error:
+            raise UsageError(f"cannot open: {error.strerror}", file=self.path) from error
         try:
             with naming(self.path):
                 self.superblock, self.header = self._read_header()
@@ -377,16 +380,3 @@ def _as_text(path: str | os.PathLike[str]) -> str:
         return os.fsdecode(path)
     except TypeError:
         raise UsageError("not a path", found=type(path).__name__) from None
-
-
-def _open_regular(path: str) -> int:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise UsageError(f"cannot open: {error.strerror}", file=path) from error
-    except ValueError as error:  # a NUL, or what the file system's encoding does not have
-        raise UsageError(f"cannot open: {error}", file=path) from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise UsageError("not a regular file", file=path)
-    return fd

@@ -28,11 +28,9 @@ from bundlefmt.layout.constants import BlockEncodingName
 from bundlefmt.layout.encodings import numbers_in
 from bundlefmt.layout.header import Predictor as PredictorEntry
 from bundlefmt.runtime.generate import load_model
-from bundlefmt.runtime.text import Tokenizer
-from bundlefmt.storage.regular import read_regular
+from bundlefmt.runtime.text import Tokenizer, read_text
 
 EPOCHS = 2
-_MOST_TEXT = 256 << 20  # bytes
 _WINDOW = 512  # tokens that see each other, as in a run of that length
 
 
@@ -100,7 +98,7 @@ def trace(
         raise UsageError("out of range", field="max-tokens", expected="1 or more", found=max_tokens)
     with load_model(path, mode="dense") as model, naming(path):
         tokenizer = Tokenizer(model.file)
-        ids = tokenizer.encode(_text(text))[:max_tokens]
+        ids = tokenizer.encode(read_text(text))[:max_tokens]
         tokenizer.check(ids, model.decoder.vocabulary)
         if not ids:
             raise UsageError("no text to run over", file=text)
@@ -202,12 +200,3 @@ def _row(layer: int, predictor: Predictor, found: Quality) -> TrainedLayer:
         precision=found.precision,
         predicted_per_active=found.predicted / max(found.active, 1),
     )
-
-
-def _text(path: str | os.PathLike[str]) -> str:
-    try:
-        return read_regular(path, _MOST_TEXT).decode()
-    except OSError as error:
-        raise UsageError(f"cannot read: {error.strerror}", file=path) from error
-    except UnicodeDecodeError:
-        raise UsageError("not UTF-8 text", file=path) from None

@@ -32,7 +32,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from bundlefmt import kernels
+from bundlefmt import kernels, native
 from bundlefmt.errors import BundleError
 from tools import hostile_files
 
@@ -222,6 +222,7 @@ def main() -> int:
     parser.add_argument("--case", type=int, help="run one case here, with its traceback")
     parser.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    native.require()
     if args.work:
         start, stop, step, seeds, cases = args.work
         numbers = range(int(start), int(stop), int(step))

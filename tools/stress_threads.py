@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import bundlefmt
+from bundlefmt import native
 
 MODES = ("dense", "exact", "topk")
 NEW_TOKENS = 12
@@ -28,6 +29,7 @@ def main() -> int:
     parser.add_argument("--generations", type=int, default=1000, help="in all modes together")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    native.require()
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         path = args.model or Path(folder, "demo.bundle")

@@ -26,7 +26,7 @@ from bundlefmt.checkpoints import foreign
 from bundlefmt.checkpoints.files import File, Folder, exists
 from bundlefmt.errors import FormatError, ReadError, UsageError
 from bundlefmt.layout import dtypes
-from bundlefmt.layout.constants import MAX_INTEGER
+from bundlefmt.layout.constants import MAX_BLOB_LENGTH, MAX_INTEGER
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -51,7 +51,6 @@ COMPANIONS = (
 )
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
-MAX_COMPANION = 256 << 20
 _MAX_CONFIG = 24 << 20  # it is parsed: a list of nothing takes 20 times its text in memory
 _MAX_INDEX = 32 << 20
 _MAX_HEADER = 100 << 20  # safetensors' own limit
@@ -160,7 +159,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 def _open(given: Path, folder: Folder) -> Checkpoint:
     notes: list[str] = []
     companions = {
-        name: folder.open(name).content(_MAX_CONFIG if name == CONFIG else MAX_COMPANION)
+        name: folder.open(name).content(_MAX_CONFIG if name == CONFIG else MAX_BLOB_LENGTH)
         for name in COMPANIONS
         if folder.has(name)
     }

@@ -13,19 +13,17 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bundlefmt.errors import FormatError, UsageError, naming
+from bundlefmt.errors import FormatError, UsageError, integer, naming
 from bundlefmt.file import BundleFile
 from bundlefmt.kernels import Floats
 from bundlefmt.runtime.generate import Model, load_model
-from bundlefmt.runtime.sampling import check_count, check_logits
-from bundlefmt.runtime.text import Tokenizer
-from bundlefmt.storage.regular import read_regular
+from bundlefmt.runtime.sampling import check_logits
+from bundlefmt.runtime.text import Tokenizer, read_text
 
 # Modes in which a token's logits do not depend on the tokens that are fed with it.
 WHOLE_MODES = ("dense", "exact")
 
 _CONTEXT = 512  # tokens of a window, where the model's context is not smaller
-_MOST_TEXT = 256 << 20  # bytes
 _LOGITS_BYTES = 32 << 20  # of log-probabilities in memory at once, for one model
 
 
@@ -91,8 +89,8 @@ def evaluate(
     Raises what `load_model` raises, UsageError for a text that cannot be scored, FormatError for a
     model whose predictions are not numbers.
     """
-    if context is not None and check_count("context", context) < 2:
-        raise UsageError("out of range", field="context", expected="2 or more", found=context)
+    if context is not None:
+        context = integer(context, "context", 2)
     with BundleFile(path) as file:  # before the model: it is part of the process that is limited
         tokenizer = Tokenizer(file)
     with ExitStack() as stack:
@@ -210,16 +208,9 @@ class _Text(NamedTuple):
 
 
 def _text(path: str | os.PathLike[str], tokenizer: Tokenizer, max_tokens: int | None) -> _Text:
-    if max_tokens is not None and check_count("max_tokens", max_tokens) < 2:
-        raise UsageError("out of range", field="max_tokens", expected="2 or more", found=max_tokens)
-    try:
-        text = read_regular(path, _MOST_TEXT).decode()
-    except OSError as error:
-        raise UsageError(f"text cannot be read: {error.strerror}", file=path) from None
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"text is not UTF-8: {error.reason}", file=path, offset=error.start
-        ) from None
+    if max_tokens is not None:
+        max_tokens = integer(max_tokens, "max_tokens", 2)
+    text = read_text(path)
     if not text:
         raise UsageError("text is empty", file=path)
     ids, ends = tokenizer.encode_with_ends(text)

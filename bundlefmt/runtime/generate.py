@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundlefmt import kernels, native
-from bundlefmt.errors import BundleError, UsageError, naming
+from bundlefmt.errors import BundleError, UsageError, integer, naming
 from bundlefmt.file import BundleFile
 from bundlefmt.flash import profiles
 from bundlefmt.flash.budget import Budget
@@ -23,13 +23,15 @@ from bundlefmt.runtime.config import DecoderConfig, decoder_config, eos_of
 from bundlefmt.runtime.decoder import Decoder
 from bundlefmt.runtime.memory import Caches, Caching, make_caches, plan
 from bundlefmt.runtime.rotation import Rotation
-from bundlefmt.runtime.sampling import Sampling, check_count, choose
+from bundlefmt.runtime.sampling import Sampling, choose
 from bundlefmt.runtime.selection import Selecting
 from bundlefmt.runtime.speculative import DRAFT_TOKENS, Draft, DraftStats
 from bundlefmt.runtime.streamer import Streamer
 from bundlefmt.runtime.weights import attention_matrices
 from bundlefmt.storage.backends import DEFAULT_QUEUE_DEPTH, DEFAULT_THREADS
 from bundlefmt.storage.buffers import PAGE
+
+MOST_TOKENS = (1 << 31) - 1  # that anyone asks for
 
 _STREAMING = 8  # reads in flight, of a megabyte each: enough, and they leave room for neurons
 
@@ -149,7 +151,7 @@ class Model:
         draft_tokens: int = DRAFT_TOKENS,
     ) -> Iterator[int]:
         """Like `generate`, one id at a time as they are made."""
-        max_new_tokens = check_count("max_new_tokens", max_new_tokens)
+        max_new_tokens = integer(max_new_tokens, "max_new_tokens", 0, MOST_TOKENS)
         fed = max(max_new_tokens - 1, 0)  # the last token that is made is never itself an input
         tokens = self.decoder.check(ids, fed)
         length = len(tokens) + fed

@@ -9,15 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bundlefmt.errors import integer
 from bundlefmt.file import BundleFile
 from bundlefmt.runtime.clock import Span
 from bundlefmt.runtime.draft import DraftReport, draft_bytes, opened_draft, report_of
-from bundlefmt.runtime.generate import Model, load_model
-from bundlefmt.runtime.sampling import Sampling, check_count
+from bundlefmt.runtime.generate import MOST_TOKENS, Model, load_model
+from bundlefmt.runtime.sampling import Sampling
 from bundlefmt.runtime.speculative import DRAFT_TOKENS
 from bundlefmt.runtime.text import Tokenizer
 from bundlefmt.runtime.timeline import drawing
-from bundlefmt.storage.atomic import replacing, write_all
+from bundlefmt.storage.atomic import refuse_existing, replacing, write_all
 from bundlefmt.storage.backends import DEFAULT_QUEUE_DEPTH, DEFAULT_THREADS
 from bundlefmt.storage.device import resident_memory
 
@@ -90,8 +91,10 @@ def run(
     for a timeline that cannot be written.
     """
     start = time.perf_counter()
+    if timeline is not None:
+        refuse_existing(Path(timeline), force=True)
     sampling = Sampling(temperature, top_p, seed)
-    max_new_tokens = check_count("max_new_tokens", max_new_tokens)
+    max_new_tokens = integer(max_new_tokens, "max_new_tokens", 0, MOST_TOKENS)
     with BundleFile(path) as file:  # first, since it is part of the process that is budgeted for
         tokenizer = Tokenizer(file)
     ids = tokenizer.encode(prompt)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundlefmt import kernels
-from bundlefmt.errors import FormatError, UsageError
-
-_MOST = (1 << 31) - 1  # of any count
+from bundlefmt.errors import FormatError, UsageError, integer
 
 
 @dataclass(frozen=True)
@@ -43,25 +40,7 @@ class Sampling:
                 found=repr(self.top_p)[:40],
             )
         if self.seed is not None:
-            check_count("seed", self.seed, most=None)
-
-
-def check_count(field: str, value: Any, most: int | None = _MOST) -> int:
-    """A count as a plain integer. Raises UsageError unless it is an integer of 0 to `most`."""
-    try:
-        if isinstance(value, bool | np.bool_):
-            raise TypeError
-        count = operator.index(value)
-    except TypeError:
-        count = -1
-    if count < 0 or (most is not None and count > most):
-        raise UsageError(
-            "out of range",
-            field=field,
-            expected="0 or more" if most is None else f"an integer of 0 to {most}",
-            found=repr(value)[:40],
-        )
-    return count
+            integer(self.seed, "seed", 0)
 
 
 def check_logits(logits: NDArray[Any]) -> None:

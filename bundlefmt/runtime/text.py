@@ -13,6 +13,7 @@ import tokenizers
 from bundlefmt.errors import FormatError, UsageError
 from bundlefmt.file import BundleFile
 from bundlefmt.runtime.tokenizer_files import TOKENIZER, load_tokenizer, understood
+from bundlefmt.storage.regular import read_regular
 
 # One text at a time is encoded. The library's pool of threads would take memory that no limit
 # counts, and make it warn on standard error when the process forks.
@@ -23,7 +24,21 @@ _BYTES_PER_SECOND = 50_000  # of longer texts
 _CONTEXT = 8  # tokens before a new one that its text may depend on: a blank, a prefix, a suffix
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
+_MOST_TEXT = 256 << 20  # bytes of a text file
+
 _quiet = threading.Lock()
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a UTF-8 file of at most 256 MiB. Raises UsageError when it is none."""
+    try:
+        return read_regular(path, _MOST_TEXT).decode()
+    except OSError as error:
+        raise UsageError(f"text cannot be read: {error.strerror}", file=path) from None
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"text is not UTF-8: {error.reason}", file=path, offset=error.start
+        ) from None
 
 
 class Tokenizer:

@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """The file, for reading. Raises OSError where there is no regular file of that name."""
+def open_descriptor(path: str | os.PathLike[str]) -> int:
+    """The file's descriptor, for reading. Raises OSError where there is no regular file of that
+    name."""
     try:
         if not stat.S_ISREG(Path(path).stat().st_mode):  # some devices act when they are opened
             raise OSError(errno.EINVAL, "not a regular file")
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-        return os.fdopen(os.open(path, flags), "rb")
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except ValueError as error:  # a name that no file can have
         raise OSError(errno.EINVAL, str(error)) from None
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """The file, for reading. Raises OSError where there is no regular file of that name."""
+    return os.fdopen(open_descriptor(path), "rb")
 
 
 def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
