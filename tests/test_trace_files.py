@@ -148,6 +148,23 @@ def test_a_killed_trace_leaves_nothing_under_its_name(opt: Path, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+def test_a_layer_that_is_not_computed_is_not_recorded(opt: Path, tmp_path: Path) -> None:
+    with bundlefmt.open(opt) as file:
+        groups = file.groups
+    x, firing = np.ones((2, D_MODEL), np.float32), np.ones((2, NEURONS), np.float32)
+    for computed in ([], groups[:1]):
+        with (
+            pytest.raises(FormatError, match="does not compute this layer"),
+            new_trace(tmp_path / "x", bytes(16), groups) as writer,
+        ):
+            for group in computed:
+                writer.record(group, x, firing)
+            writer.finish()
+    with pytest.raises(UsageError, match="no FFN"), new_trace(tmp_path / "x", bytes(16), []):
+        pytest.fail("the block ran")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_inputs_that_are_no_numbers_are_not_recorded(opt: Path, tmp_path: Path) -> None:
     with bundlefmt.open(opt) as file:
         groups = file.groups

@@ -170,6 +170,8 @@ class TraceWriter:
     """Records into a folder. `record` is the observer that a decoder tells of its FFNs."""
 
     def __init__(self, folder: Path, file_id: bytes, groups: Sequence[Group]) -> None:
+        if not groups:
+            raise UsageError("no FFN to trace")
         for group in groups:
             if group.activation not in SPARSE_ACTIVATIONS:
                 raise UsageError(
@@ -187,9 +189,18 @@ class TraceWriter:
         self._layers[group.layer].extend(x, activations != 0)
 
     def finish(self) -> TraceInfo:
-        """Write what is still held, and trace.json."""
+        """Say what was written, in trace.json too. Raises FormatError unless every layer has had
+        the same tokens, one at least."""
+        tokens = max(layer.tokens for layer in self._layers.values())
+        for index, layer in self._layers.items():
+            if layer.tokens != max(tokens, 1):
+                raise FormatError(
+                    "the model does not compute this layer for each token",
+                    field=f"layer {index}",
+                    expected=f"{max(tokens, 1)} tokens",
+                    found=layer.tokens,
+                )
         layers = [layer.finish() for layer in self._layers.values()]
-        tokens = next(layer.tokens for layer in self._layers.values())
         info = TraceInfo(VERSION, self._file_id.hex(), tokens, layers)
         write_small(self._folder / _INFO, msgspec.json.format(msgspec.json.encode(info)))
         return info
