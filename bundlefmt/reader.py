@@ -213,6 +213,13 @@ def _edges(apart: NDArray[np.bool_], count: int) -> NDArray[np.int64]:
     return edges
 
 
+def _kind(given: object) -> str:
+    """What somebody gave in place of an array that fits."""
+    if not isinstance(given, np.ndarray):
+        return type(given).__name__
+    return f"{given.dtype} {list(given.shape)}, strides {given.strides}"
+
+
 def _as_memory(
     rows: NDArray[np.uint8], some: NDArray[np.int64]
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -422,7 +429,8 @@ class Reader:
     def _check_known(self, group: Group, known: NDArray[np.uint8]) -> int:
         """How many bytes of each bundle are known."""
         if (
-            known.dtype != np.uint8
+            not isinstance(known, np.ndarray)
+            or known.dtype != np.uint8
             or known.ndim != 2
             or known.shape[0] != group.neurons
             or known.shape[1] > group.used
@@ -431,7 +439,7 @@ class Reader:
                 "not the first bytes of this group's bundles",
                 field="known",
                 expected=f"uint8 [{group.neurons}, at most {group.used}]",
-                found=f"{known.dtype} {list(known.shape)}",
+                found=_kind(known),
             )
         return int(known.shape[1])
 
@@ -443,7 +451,8 @@ class Reader:
             count = count or 0
             return self._memory.empty(count * group.stride).reshape(count, group.stride)
         fits = (
-            out.dtype == np.uint8
+            isinstance(out, np.ndarray)
+            and out.dtype == np.uint8
             and out.ndim == 2
             and count in (None, out.shape[0])
             and out.shape[1] >= group.stride
@@ -456,7 +465,7 @@ class Reader:
                 field="out",
                 expected=f"writable uint8 [{'any' if count is None else count}, {group.stride}] "
                 "with contiguous rows",
-                found=f"{out.dtype} {list(out.shape)}, strides {out.strides}",
+                found=_kind(out),
             )
         return out[:, : group.stride]
 
@@ -465,13 +474,13 @@ class Reader:
     ) -> NDArray[np.int64]:
         if rows is None:
             return np.arange(count)
-        fits = rows.shape == (count,) and rows.dtype == np.int64
+        fits = isinstance(rows, np.ndarray) and rows.shape == (count,) and rows.dtype == np.int64
         if not fits or (count and not (rows.min() >= 0 and rows.max() < most)):
             raise UsageError(
                 "rows do not fit",
                 field="rows",
                 expected=f"int64 [{count}] of 0..{most - 1}",
-                found=f"{rows.dtype} {list(rows.shape)}",
+                found=_kind(rows),
             )
         return rows
 

@@ -303,6 +303,8 @@ def _read_only(n: int, stride: int) -> NDArray[np.uint8]:
         pytest.param(lambda n, s: np.empty((n, 2 * s), dtype=np.uint8)[:, ::2], id="every second"),
         pytest.param(lambda n, s: np.empty((s, n), dtype=np.uint8).T, id="transposed"),
         pytest.param(_read_only, id="read-only"),
+        pytest.param(lambda n, s: [[0] * s] * n, id="lists"),
+        pytest.param(lambda n, s: bytearray(n * s), id="bytes"),
     ],
 )
 def test_memory_that_cannot_take_the_bundles_is_refused(

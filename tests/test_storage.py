@@ -257,6 +257,12 @@ def test_io_uring_has_its_depth_in_flight_whatever_the_threads(files: dict[int, 
     assert max(overlap(threads=1, depth=8) for _ in range(5)) > 1.5
 
 
+@pytest.mark.parametrize("memory", [5, b"12", np.zeros(4), np.zeros((2, 2), np.uint8)], ids=repr)
+def test_memory_that_is_none_is_refused(files: dict[int, Path], memory: Any) -> None:
+    with pytest.raises(UsageError, match=r"memory: .* expected contiguous uint8 \[n\]"):
+        open_backend(files[PADDED], memory=memory)
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_backend_needs_a_read_in_flight(files: dict[int, Path], name: str) -> None:
     with pytest.raises(UsageError, match="threads"):

@@ -50,7 +50,7 @@ from bundlefmt.storage.backends import (
     open_backend,
     whole_rows,
 )
-from bundlefmt.storage.buffers import PAGE, aligned_empty
+from bundlefmt.storage.buffers import KEPT, PAGE, aligned_empty
 from bundlefmt.storage.device import drop_cache
 
 FEW = 16  # neurons that safetensors reads: a column of down costs it d_model reads
@@ -360,6 +360,12 @@ def _reader(
             reader.read(group.layer, [0], expert=group.expert)  # its tables are read here
             order = subject.file.order(group)
             batches.append((group, slots if order is None else order[slots], out))
+
+        if recycled:  # its memory is made here, as that of the others is beforehand
+            group, _, out = batches[0]
+            any_neurons = np.arange(out.shape[0])
+            held = [reader.read(group.layer, any_neurons, expert=group.expert) for _ in range(KEPT)]
+            del held
 
         def submitted() -> Iterator[Pending]:
             for group, neurons, out in batches:

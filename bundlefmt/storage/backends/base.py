@@ -153,6 +153,14 @@ class Backend:
     ) -> None:
         threads = integer(threads, "threads", 1)
         queue_depth = integer(queue_depth, "queue_depth", 1)
+        flat = isinstance(memory, np.ndarray) and memory.dtype == np.uint8 and memory.ndim == 1
+        if memory is not None and not (flat and memory.flags.c_contiguous):
+            raise UsageError(
+                "no memory to read into",
+                field="memory",
+                expected="contiguous uint8 [n]",
+                found=type(memory).__name__,
+            )
         self.path = os.fspath(path)
         self.in_flight = queue_depth if self.queued else threads
         self._memory = memory
