@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from bundlefmt.flash.traces import Trace
 from bundlefmt.layout.header import Predictor
 from bundlefmt.planning import Plan
 from bundlefmt.reader import ReadStats
+from bundlefmt.runtime import generate
 from bundlefmt.runtime import memory as memory_of
 from bundlefmt.runtime.draft import draft_bytes
 from bundlefmt.runtime.text import Tokenizer
@@ -150,8 +152,9 @@ GRID = [
 
 @pytest.mark.parametrize(("model", "mode"), GRID)
 def test_plan_and_a_load_divide_every_limit_alike(
-    models: dict[str, Path], model: str, mode: str
+    models: dict[str, Path], model: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(generate, "Decoder", lambda *given, **options: None)  # nothing to load
     path = models[model]
     for policy, window, tokens, threads in (
         ("lfu", None, 16, 32),
@@ -205,7 +208,8 @@ def test_the_commands_name_one_least_memory_and_it_works(
     def said(command: str, *more: str) -> subprocess.CompletedProcess[str]:
         given = [str(demo_bundle) if option == "itself" else option for option in options]
         line = [sys.executable, "-m", "bundlefmt", command, str(demo_bundle), *given, *more]
-        return subprocess.run(line, capture_output=True, text=True)
+        alone = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # quicker beside other tests
+        return subprocess.run(line, capture_output=True, text=True, env=alone)
 
     prompt = ["--prompt", "ROMEO:", "--max-new-tokens", "8"]
     refused = said("run", *prompt, "--memory", "1M")
