@@ -118,7 +118,8 @@ class Model:
             self._open.close()
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """float32 [tokens, vocabulary]; keys and values are not kept between calls."""
+        """float32 [tokens, vocabulary], which no memory limit counts; keys and values are not kept
+        between calls."""
         tokens = self.decoder.check(ids)
         return self.decoder.logits(self.decoder.forward(tokens, self._new_cache(len(tokens))))
 
