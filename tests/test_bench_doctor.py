@@ -116,6 +116,7 @@ def test_a_device_that_fails_leaves_nothing(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(native, "core", None)  # whose engines do not go through os
+    monkeypatch.setattr(native, "python_asked_for", True)
     monkeypatch.setattr(os, "preadv", failing)
     with pytest.raises(ReadError, match=os.strerror(errno.EIO)):
         bundlefmt.bench(backend="buffered", folder=tmp_path, size=SIZE)
@@ -198,6 +199,7 @@ def test_a_backend_that_cannot_work_is_named_with_its_reason(
 ) -> None:
     monkeypatch.setattr(native, "core", None)
     monkeypatch.setattr(native, "reason", "taken away")
+    monkeypatch.setattr(native, "python_asked_for", True)
     assert main(["bench", str(demo_bundle), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert "taken away" in found["unusable"]["uring"]

@@ -776,7 +776,9 @@ def test_tensors_that_contradict_the_config_are_refused(
 def test_biases_of_the_ffn_that_contradict_the_config_are_refused(
     case: str, changes: Config, tmp_path: Path
 ) -> None:
-    path = packed(tmp_path, config_of(case, **changes), tensors_of(case))
+    path = packed(tmp_path, config_of(case), tensors_of(case))
+    config = json.dumps(config_of(case, **changes)).encode()
+    bundlefmt.append(path, blobs={"config.json": config})
     with pytest.raises(FormatError, match="FFN does not fit the config"):
         bundlefmt.load_model(path)
 

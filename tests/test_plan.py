@@ -9,8 +9,10 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -154,7 +156,8 @@ GRID = [
 def test_plan_and_a_load_divide_every_limit_alike(
     models: dict[str, Path], model: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "Decoder", lambda *given, **options: None)  # nothing to load
+    nothing = SimpleNamespace(exclusive=nullcontext)
+    monkeypatch.setattr(generate, "Decoder", lambda *given, **options: nothing)  # to be loaded
     path = models[model]
     for policy, window, tokens, threads in (
         ("lfu", None, 16, 32),

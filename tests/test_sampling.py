@@ -159,6 +159,6 @@ def test_a_model_that_sees_no_two_tokens_is_not_scored(tmp_path: Path, context: 
     config["max_position_embeddings"] = context
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     bundlefmt.pack(tmp_path / "model", tmp_path / "model.bundle")
-    with pytest.raises(bundlefmt.BundleError, match=r"config\.json") as caught:
+    with pytest.raises(bundlefmt.BundleError, match="config") as caught:
         bundlefmt.evaluate(tmp_path / "model.bundle", DEMO / "README.md")
     assert str(caught.value).isprintable()

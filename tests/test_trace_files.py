@@ -311,7 +311,7 @@ def test_a_text_that_is_no_file_is_a_usage_error(
 ) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "zero").symlink_to("/dev/zero")
-    with pytest.raises(UsageError, match="cannot read"):
+    with pytest.raises(UsageError, match="cannot be read"):
         bundlefmt.trace(demo_bundle, tmp_path / name, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
