@@ -246,7 +246,7 @@ def _add_predictors(path: Path) -> None:
 
 def _in_group(limit: int, command: Sequence[str]) -> Finished:
     with MemoryGroup(limit) as group:
-        return group.run([sys.executable, "-c", _PROGRAM, *command], seconds=_SECONDS)
+        return group.run([sys.executable, "-P", "-c", _PROGRAM, *command], seconds=_SECONDS)
 
 
 def _ffn_bytes(path: Path) -> int:

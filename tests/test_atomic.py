@@ -26,7 +26,7 @@ from bundlefmt.storage.atomic import (
     scratch_file,
     write_all,
 )
-from tests.conftest import ROOT, killed_before
+from tests.conftest import killed_before
 
 # A writer in a process of its own: it reports its temporary file, waits for a line, then ends well.
 WRITER = """
@@ -42,11 +42,10 @@ with replacing(sys.argv[1]) as file:
 def _other_writer(target: Path) -> tuple[subprocess.Popen[str], Path]:
     """A writer of `target` in the middle of its work, and its temporary file."""
     process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(target)],
+        [sys.executable, "-P", "-c", WRITER, str(target)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert process.stdout is not None
     return process, Path(process.stdout.readline().strip())

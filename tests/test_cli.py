@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from bundlefmt.cli import COMMANDS, main
-from tests.conftest import DEMO, FIXTURES, ROOT, VECTORS
+from tests.conftest import DEMO, FIXTURES, VECTORS
 from tools.alterations import edited
 
 BAD = VECTORS / "bad"
@@ -33,15 +33,15 @@ ENVIRONMENT["XDG_CACHE_HOME"] = CACHE.name
 Result = subprocess.CompletedProcess[str]
 
 
-def python(*args: str | Path, path: Path = ROOT, **options: object) -> Result:
+def python(*args: str | Path, path: Path | None = None, **options: object) -> Result:
     """A Python process of its own, its output caught unless `options` say otherwise."""
     caught = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
     return subprocess.run(
-        [sys.executable, *map(str, args)],
+        [sys.executable, "-P", *map(str, args)],
         text=True,
         timeout=120,
         check=False,
-        env=ENVIRONMENT | {"PYTHONPATH": f"{path}{os.pathsep}{ROOT}"},
+        env=ENVIRONMENT | ({} if path is None else {"PYTHONPATH": str(path)}),
         **{**caught, **options},
     )
 
@@ -484,10 +484,10 @@ def test_a_reader_of_help_that_has_gone_gives_no_traceback(args: list[str]) -> N
 
 def test_a_reader_that_takes_one_byte_gives_no_traceback(demo_bundle: Path) -> None:
     with subprocess.Popen(
-        [sys.executable, "-m", "bundlefmt", "inspect", str(demo_bundle), "--json"],
+        [sys.executable, "-P", "-m", "bundlefmt", "inspect", str(demo_bundle), "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+        env=ENVIRONMENT,
     ) as process:
         head = subprocess.run(
             ["head", "-c", "1"], stdin=process.stdout, capture_output=True, check=True

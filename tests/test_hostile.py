@@ -517,7 +517,7 @@ def test_a_deeply_nested_config_does_not_kill_the_process(tmp_path: Path) -> Non
     )
     code = "import sys, bundlefmt; bundlefmt.pack(sys.argv[1], sys.argv[2])"
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path, tmp_path / "x.bundle"],
+        [sys.executable, "-P", "-c", code, tmp_path, tmp_path / "x.bundle"],
         capture_output=True,
         text=True,
         timeout=60,

@@ -15,7 +15,7 @@ TAKE = "import sys; held = bytearray(b'x') * (int(sys.argv[1]) << 20); print(len
 
 
 def command(mebibytes: int) -> list[str]:
-    return [sys.executable, "-c", TAKE, str(mebibytes)]
+    return [sys.executable, "-P", "-c", TAKE, str(mebibytes)]
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_a_program_below_the_limit_ends_well_and_its_peak_is_known(group: Memory
 def test_anonymous_memory_is_seen_while_a_program_holds_it(group: MemoryGroup) -> None:
     holding = TAKE + "; sys.stdout.flush(); import time; time.sleep(30)"
     with group:
-        ended = group.run([sys.executable, "-c", holding, "48"], seconds=2)
+        ended = group.run([sys.executable, "-P", "-c", holding, "48"], seconds=2)
     assert ended.timed_out
     assert ended.out == f"{48 << 20}\n"  # what was said before the end is there
     assert 48 << 20 <= ended.anonymous_peak <= LIMIT

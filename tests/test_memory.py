@@ -448,7 +448,7 @@ def test_only_streaming_that_spares_memory_is_done(
 @without_sanitizers("they keep memory of their own")
 @pytest.mark.parametrize("mode", ["dense", "predict"])
 def test_the_process_keeps_within_the_least_that_is_named(demo_bundle: Path, mode: str) -> None:
-    command = [sys.executable, "-m", "bundlefmt", "run", str(demo_bundle), "--mode", mode]
+    command = [sys.executable, "-P", "-m", "bundlefmt", "run", str(demo_bundle), "--mode", mode]
     command += ["--prompt", "ROMEO: " * 30, "--max-new-tokens", "8", "--json", "--memory"]
     alone = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # quicker beside other tests
     refused = subprocess.run([*command, "1M"], capture_output=True, text=True, env=alone)

@@ -569,7 +569,11 @@ def peak_memory(*args: str) -> int:
     """Most bytes resident in a fresh process that packs. VmHWM counts this process alone, where
     ru_maxrss starts from what its parent had at the fork."""
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, *args], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-P", "-c", PEAK, *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     return int(done.stdout)
 
@@ -604,13 +608,14 @@ KILLS = 50
 def start_pack(source: Path, target: Path) -> subprocess.Popen[str]:
     """A process that has done its imports and is about to pack."""
     process = subprocess.Popen(
-        [sys.executable, "-c", PACK, source, target], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-P", "-c", PACK, source, target], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
 
 
+@pytest.mark.slow
 def test_a_killed_pack_leaves_no_bad_file_and_the_next_run_cleans_up(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "out" / "x.bundle"
     source.mkdir()

@@ -210,7 +210,7 @@ def test_the_commands_name_one_least_memory_and_it_works(
 
     def said(command: str, *more: str) -> subprocess.CompletedProcess[str]:
         given = [str(demo_bundle) if option == "itself" else option for option in options]
-        line = [sys.executable, "-m", "bundlefmt", command, str(demo_bundle), *given, *more]
+        line = [sys.executable, "-P", "-m", "bundlefmt", command, str(demo_bundle), *given, *more]
         alone = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # quicker beside other tests
         return subprocess.run(line, capture_output=True, text=True, env=alone)
 

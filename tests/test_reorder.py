@@ -314,7 +314,7 @@ def test_a_killed_reorder_leaves_no_file_and_the_next_one_cleans_up(
     demo_bundle: Path, demo_traces: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "new.bundle"
-    command = [sys.executable, "-c", KILLED, demo_bundle, demo_traces, target]
+    command = [sys.executable, "-P", "-c", KILLED, demo_bundle, demo_traces, target]
     assert subprocess.run(command, check=False, timeout=60).returncode == -signal.SIGKILL
     (leaving,) = tmp_path.iterdir()
     assert leaving.name.endswith(".partial")

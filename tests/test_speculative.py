@@ -260,7 +260,7 @@ def test_the_command_says_what_the_draft_brought(
 
 @without_sanitizers("they keep memory of their own")
 def test_the_process_keeps_within_its_limit_with_its_draft(target: Path) -> None:
-    command = [sys.executable, "-m", "bundlefmt", "run", str(target), "--prompt", "ROMEO:"]
+    command = [sys.executable, "-P", "-m", "bundlefmt", "run", str(target), "--prompt", "ROMEO:"]
     command += ["--mode", "exact", "--json"]
 
     def least(*draft: str) -> int:

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from bundlefmt.cli import main, verify
-from tests.conftest import DEMO, ROOT
+from tests.conftest import DEMO
 from tests.test_cli import ENVIRONMENT, Result, is_one_line
 
-COMMAND = f"{sys.executable} -m bundlefmt"
+COMMAND = f"{sys.executable} -P -m bundlefmt"
 # Blanks of several widths, joiners, what no Latin encoding has, and what drives a terminal.
 TEXT = "日本\u3000語 می\u200cرود 👩\u200d👩 Bonjour\xa0! \x1b[2J\x07\x9b2K"
 
@@ -33,7 +33,7 @@ def shell(line: str, *, stdout: int = subprocess.PIPE, **variables: str) -> Resu
         check=False,
         encoding="utf-8",
         errors="surrogateescape",
-        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8"} | variables,
+        env=ENVIRONMENT | {"LC_ALL": "C.UTF-8"} | variables,
     )
 
 
@@ -148,8 +148,7 @@ def hooked(tmp_path: Path) -> Path:
 
 def interrupted(hooked: Path, line: str, *moments: str) -> Result:
     """A command that gets SIGINT at these moments, one after the other."""
-    path = f"{hooked}{os.pathsep}{ROOT}"
-    return shell(line, PYTHONPATH=path, MOMENTS="|".join(moments))
+    return shell(line, PYTHONPATH=str(hooked), MOMENTS="|".join(moments))
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ def test_every_byte_is_accounted_for(path: Path) -> None:
     assert bundlefmt.verify(path, quick=True).checked_bytes < length
 
 
+@pytest.mark.slow
 def test_flipping_any_byte_is_detected(plain: Path) -> None:
     missed = []
     with plain.open("r+b") as file, mmap.mmap(file.fileno(), 0) as data:
