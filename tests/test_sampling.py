@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -117,14 +118,40 @@ def test_a_token_that_is_ruled_out_is_not_chosen(temperature: float) -> None:
 @pytest.fixture(scope="module")
 def broken_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model with NaN in its last norm."""
-    folder = tmp_path_factory.mktemp("broken") / "model"
-    shutil.copytree(DEMO, folder)
-    tensors = load_file(folder / "model.safetensors")
-    name = next(name for name in tensors if name.endswith("decoder.final_layer_norm.weight"))
-    tensors[name] = np.full_like(tensors[name], np.nan)
-    save_file(tensors, folder / "model.safetensors")
-    bundlefmt.pack(folder, folder.with_suffix(".bundle"))
-    return folder.with_suffix(".bundle")
+    return broken(tmp_path_factory.mktemp("broken"), "decoder.final_layer_norm.weight", np.nan)
+
+
+def broken(folder: Path, end: str, number: float, dtype: Any = None) -> Path:
+    """The demo model with one number all over the tensors whose names end so."""
+    shutil.copytree(DEMO, folder / "model")
+    tensors = load_file(folder / "model/model.safetensors")
+    if dtype is not None:
+        tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
+    for name in tensors:
+        if name.endswith(end):
+            tensors[name] = np.full_like(tensors[name], number)
+    save_file(tensors, folder / "model/model.safetensors")
+    bundlefmt.pack(folder / "model", folder / "model.bundle")
+    return folder / "model.bundle"
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize(
+    "end", ["fc1.weight", "fc2.weight", "fc2.bias", "q_proj.weight", "embed_tokens.weight"]
+)
+def test_numbers_that_overflow_are_told_of_once_without_warnings(
+    end: str, dtype: Any, tmp_path: Path
+) -> None:
+    model = broken(tmp_path, end, np.inf, dtype)
+    (tmp_path / "text").write_text("ROMEO: Good morrow")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for call in (
+            lambda: bundlefmt.run(model, "ROMEO: Good", 3),
+            lambda: bundlefmt.evaluate(model, tmp_path / "text"),
+        ):
+            with pytest.raises(FormatError, match=NOT_NUMBERS):
+                call()
 
 
 @pytest.mark.parametrize("temperature", ["0", "0.7"])

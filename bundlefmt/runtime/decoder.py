@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from typing import NamedTuple
 from weakref import ReferenceType, ref
 
+import numpy as np
+
 from bundlefmt import kernels
 from bundlefmt.errors import FormatError, UsageError, printable
 from bundlefmt.file import BundleFile
@@ -180,10 +182,11 @@ class Decoder:
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """No other thread computes meanwhile. Raises UsageError in a process that was forked from
-        the one that loaded the model: it has none of its reading threads."""
+        the one that loaded the model: it has none of its reading threads. Numbers that are none
+        are told of where a token is chosen or scored, not by NumPy as they come up."""
         if os.getpid() != self._process:
             raise UsageError("the model was loaded by another process: load it after the fork")
-        with self._lock:
+        with self._lock, np.errstate(over="ignore", invalid="ignore"):
             yield
 
     def check(self, ids: Sequence[int], others: int = 0) -> list[int]:
