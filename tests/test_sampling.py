@@ -40,6 +40,7 @@ def test_shares_are_those_of_the_softmax() -> None:
     assert np.bincount(made, minlength=4) / 4000 == pytest.approx(shares, abs=0.03)
 
 
+@pytest.mark.filterwarnings("error")
 def test_any_temperature_that_is_a_number_chooses_a_token() -> None:
     for temperature in (1e-320, 1e-38, 1.0, 1e38, 1e308, np.float16(2), np.int64(3)):
         assert choose(
