@@ -20,7 +20,7 @@ import pytest
 
 import bundlefmt
 from bundlefmt.cli import main
-from bundlefmt.errors import UsageError
+from bundlefmt.errors import FormatError, UsageError
 from bundlefmt.flash import profiles
 from bundlefmt.flash.budget import least_limit
 from bundlefmt.flash.costmodel import VERSION, DeviceProfile, SizeCost
@@ -185,6 +185,26 @@ def test_plan_and_a_load_divide_every_limit_alike(
             refusals.append(str(refused.value))
         assert refusals[0] == refusals[1]
         assert least_of(refused.value) == least
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [{"max_position_embeddings": 100_000}, {"hidden_size": 64}, {"enable_bias": False}],
+    ids=str,
+)
+def test_what_a_load_refuses_is_not_planned(lie: dict[str, Any], tmp_path: Path) -> None:
+    config = json.loads((FIXTURES / "opt" / "config.json").read_text())
+    shutil.copytree(FIXTURES / "opt", tmp_path / "opt")
+    bundlefmt.pack(tmp_path / "opt", tmp_path / "model.bundle")
+    bundlefmt.append(
+        tmp_path / "model.bundle", blobs={"config.json": json.dumps(config | lie).encode()}
+    )
+    said = []
+    for refusing in (bundlefmt.plan, bundlefmt.load_model):
+        with pytest.raises(FormatError) as refused:
+            refusing(tmp_path / "model.bundle", memory=PLENTY)
+        said.append(str(refused.value))
+    assert said[0] == said[1]
 
 
 def test_plan_counts_a_draft_as_a_run_does(models: dict[str, Path]) -> None:

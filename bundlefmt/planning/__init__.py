@@ -16,7 +16,7 @@ from bundlefmt.planning.activity import TRACED_MODES, Activity, activity
 from bundlefmt.planning.advice import Advice, Divided
 from bundlefmt.planning.token import Costs, Token
 from bundlefmt.runtime import memory as memory_of
-from bundlefmt.runtime import selection
+from bundlefmt.runtime import roles, selection
 from bundlefmt.runtime.config import decoder_config
 from bundlefmt.runtime.draft import draft_bytes
 from bundlefmt.runtime.memory import Caching
@@ -102,7 +102,9 @@ def plan(
         caching = replace(caching, reserved=reserved)
         divided = Divided(file, config, selecting, caching, memory_of.process_bytes())
         budget = divided.budget
+        roles.find(config, {tensor.name: tensor for tensor in file.header.tensors})
         for group in file.groups:
+            roles.check_ffn(group, config)
             selection.check(mode, group)
         profile, untimed = _profile(file.path)
         found = activity(file, selecting, traces, progress)

@@ -14,7 +14,7 @@ from weakref import ReferenceType, ref
 import numpy as np
 
 from bundlefmt import kernels
-from bundlefmt.errors import FormatError, UsageError, printable
+from bundlefmt.errors import UsageError, printable
 from bundlefmt.file import BundleFile
 from bundlefmt.flash.cache import NeuronCache
 from bundlefmt.kernels import Floats
@@ -23,6 +23,7 @@ from bundlefmt.runtime.attention import AttentionLayer, LayerCache
 from bundlefmt.runtime.clock import Clock
 from bundlefmt.runtime.config import DecoderConfig
 from bundlefmt.runtime.ffn import FfnLayer, Observer
+from bundlefmt.runtime.roles import check_ffn
 from bundlefmt.runtime.rotation import Rotation
 from bundlefmt.runtime.selection import Selecting, Selection
 from bundlefmt.runtime.streamer import Streamer
@@ -82,7 +83,7 @@ class Decoder:
         self._layers: list[Layer] = []
         for i in range(len(config.layers)):
             progress(i, len(config.layers))
-            _check_group(file.group(i), config)
+            check_ffn(file.group(i), config)
             first = weights.norm("attention_norm", i)
             attention = AttentionLayer(config, weights, i)
             second = weights.norm(ffn_norm, i)
@@ -213,26 +214,6 @@ class Decoder:
                 "no such token", field="ids", expected=f"0..{self.vocabulary - 1}", found=wrong[0]
             )
         return tokens
-
-
-def _check_group(group: Group, config: DecoderConfig) -> None:
-    """Refuse an FFN that does not fit between the layers, or has biases where the config says that
-    it has none, or none where it has."""
-    if group.d_model != config.d_model:
-        raise FormatError(
-            "FFN does not fit the config",
-            field=f"{group.label}, d_model",
-            expected=config.d_model,
-            found=group.d_model,
-        )
-    for part in group.parts:
-        if (part.bias is not None) != ("ffn" in config.biased):
-            raise FormatError(
-                "FFN does not fit the config",
-                field=f"{group.label}, {part.name}",
-                expected="a bias" if part.bias is None else "no bias",
-                found=part.bias or "none",
-            )
 
 
 def _tell_of_unused(file: BundleFile, names: Sequence[str]) -> None:

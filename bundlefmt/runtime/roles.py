@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from bundlefmt.errors import BundleError, FormatError
+from bundlefmt.layout.header import Group
 from bundlefmt.runtime.config import DecoderConfig, decoder_config
 
 _DTYPES = ("F32", "F16", "BF16")
@@ -105,6 +106,26 @@ def find(config: DecoderConfig, tensors: Mapping[str, Described]) -> Roles:
     left = [name for name in tensors if name not in used and not name.endswith(_BUFFERS)]
     _refuse_unwanted(config, prefix, head, left)
     return Roles(weights, biases, tuple(left))
+
+
+def check_ffn(group: Group, config: DecoderConfig) -> None:
+    """Raises FormatError for an FFN that does not fit between the layers, or has biases where the
+    config says that it has none, or none where it has."""
+    if group.d_model != config.d_model:
+        raise FormatError(
+            "FFN does not fit the config",
+            field=f"{group.label}, d_model",
+            expected=config.d_model,
+            found=group.d_model,
+        )
+    for part in group.parts:
+        if (part.bias is not None) != ("ffn" in config.biased):
+            raise FormatError(
+                "FFN does not fit the config",
+                field=f"{group.label}, {part.name}",
+                expected="a bias" if part.bias is None else "no bias",
+                found=part.bias or "none",
+            )
 
 
 def prefix_of(config: DecoderConfig, names: Iterable[str]) -> str:
