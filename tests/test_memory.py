@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from bundlefmt.runtime.memory import POLICIES, Caching, make_caches, needs
 from bundlefmt.runtime.memory import least_memory as smallest
 from bundlefmt.runtime.selection import Selecting
 from bundlefmt.runtime.weights import attention_matrices
+from bundlefmt.storage.backends import Batch, Requests
 from tests.conftest import FIXTURES, without_sanitizers
 
 PLENTY = 1 << 40
@@ -229,6 +231,27 @@ def test_streamed_attention_is_counted(demo_bundle: Path) -> None:
         bundles = found.bundles * model.file.groups[0].stride
         assert found.bytes_read >= found.bytes_asked == bundles + attention
         assert found.busy_seconds > 0
+
+
+@pytest.mark.parametrize("read", range(8))
+def test_interrupted_reads_of_attention_are_begun_again(
+    read: int, demo_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = least_memory(demo_bundle, tokens=64)
+    with cached(demo_bundle, memory) as model, bundlefmt.load_model(demo_bundle) as whole:
+        assert model.decoder._rotation is not None
+        backend = model.decoder._rotation._backend
+        submit_all, begun = backend.submit, itertools.count()
+
+        def submit(requests: Requests) -> Batch:
+            if next(begun) == read:
+                raise KeyboardInterrupt
+            return submit_all(requests)
+
+        monkeypatch.setattr(backend, "submit", submit)
+        with pytest.raises(KeyboardInterrupt):
+            model.logits([1])
+        np.testing.assert_allclose(model.logits([2]), whole.logits([2]), rtol=1e-4, atol=1e-4)
 
 
 def test_damage_to_streamed_attention_is_found(demo_bundle: Path, tmp_path: Path) -> None:

@@ -124,6 +124,37 @@ def test_a_forked_child_ends_whatever_it_does_with_its_parents_reader(
     assert said.keys() == expected.keys()
 
 
+TEXTS = """
+from bundlefmt.runtime.text import Tokenizer
+
+tokenizer, encoding = Tokenizer(file), threading.Event()
+nowhere = os.open(os.devnull, os.O_WRONLY)
+
+def encode():
+    while True:
+        encoding.set()
+        tokenizer.encode("some text " * 10_000)
+
+threading.Thread(target=encode, daemon=True).start()
+encoding.wait()
+said = []
+for _ in range(5):
+    pid = os.fork()
+    if not pid:
+        signal.alarm(20)
+        tokenizer.encode("more")
+        os._exit(os.path.sameopenfile(2, nowhere))
+    said.append(os.waitpid(pid, 0)[1])
+print(json.dumps(said), flush=True)
+os._exit(0)
+"""
+
+
+def test_a_forked_child_encodes_whatever_its_parent_encodes_meanwhile(demo_bundle: Path) -> None:
+    core = "python" if native.core is None else "native"
+    assert printed(run(TEXTS, core, demo_bundle, "auto")) == [0] * 5
+
+
 EXITS = {
     "daemon threads read": """
 reader = opened()

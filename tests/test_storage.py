@@ -657,6 +657,22 @@ def test_a_closed_backend_refuses_and_may_be_closed_again(
 
 
 @pytest.mark.parametrize("name", SERVED)
+def test_a_backend_that_is_closed_while_a_batch_is_prepared_refuses_it(
+    files: dict[int, Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = opened(files[PADDED], name)
+    prepare = backend._prepare
+
+    def closing(requests: Requests) -> None:
+        backend.close()
+        prepare(requests)
+
+    monkeypatch.setattr(backend, "_prepare", closing)
+    with pytest.raises(UsageError, match="closed"):
+        backend.submit(one(0, np.empty(4096, dtype=np.uint8)))
+
+
+@pytest.mark.parametrize("name", SERVED)
 def test_a_forked_child_is_refused(files: dict[int, Path], name: str) -> None:
     backend = opened(files[PADDED], name)
     child = os.fork()

@@ -177,11 +177,8 @@ def test_an_interrupt_at_any_moment_is_one_line_and_status_130(
     "moments",
     [
         ["open {out}"],
-        ["os.rename {out}"],
-        [
-            "os.rename {out}",
-            "os.remove",
-        ],  # again, while that is removed
+        ["os.link {out}"],
+        ["os.link {out}", "os.remove"],  # again, while that is removed
     ],
 )
 def test_an_interrupt_leaves_nothing_behind(

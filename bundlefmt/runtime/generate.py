@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from weakref import WeakKeyDictionary
@@ -61,7 +60,6 @@ class Model:
         self.draft_stats = DraftStats()
         self._process = os.getpid()
         self._texts: WeakKeyDictionary[LayerCache, int] = WeakKeyDictionary()  # and their tokens
-        self._texts_lock = threading.Lock()
         with ExitStack() as stack, naming(path):
             self.file = stack.enter_context(BundleFile(path))
             config = decoder_config(self.file.config, len(self.file.groups))
@@ -191,7 +189,7 @@ class Model:
 
     def _new_cache(self, tokens: int) -> list[LayerCache]:
         """Room for the keys and values of that many tokens."""
-        with self._texts_lock:
+        with self.decoder.exclusive():
             left = tokens if self._tokens is None else self._tokens - sum(self._texts.values())
             if tokens > left:
                 raise UsageError(

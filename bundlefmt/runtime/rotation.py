@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from bundlefmt.errors import BundleError, FormatError
+from bundlefmt.errors import FormatError
 from bundlefmt.layout import dtypes
 from bundlefmt.layout.arithmetic import round_up
 from bundlefmt.layout.header import Tensor
@@ -74,18 +74,14 @@ class Rotation:
             return None
         if layer != self._coming:
             self._begin(layer)
-        self._held, self._matrices = None, {}
-        reads, self._reads, self._coming = self._reads, [], None
+        reads = self._reads
+        self._held, self._coming, self._matrices = None, None, {}
         self._memory.reverse()  # the first is now that of the layer at hand
-        try:
-            for read in reads:
-                start = time.perf_counter()
-                read.batch.wait()
-                waited = time.perf_counter() - start
-                self._stats.add(read.asked, read.batch, read.began, waited)
-        except BundleError:
-            land(read.batch for read in reads)
-            raise
+        for read in reads:
+            start = time.perf_counter()
+            read.batch.wait()
+            waited = time.perf_counter() - start
+            self._stats.add(read.asked, read.batch, read.began, waited)
         self._matrices = {read.tensor.name: self._checked(read) for read in reads}
         self._held = layer
         if self._next[layer] != layer:
@@ -101,11 +97,13 @@ class Rotation:
         self._backend.close()
 
     def _begin(self, layer: int) -> None:
-        """Read into the second memory, once nothing that was begun before goes there."""
+        """Read into the second memory, once nothing that was begun before is in flight. Whatever
+        interrupts this, reads that were begun stay known, and the layer does not count as coming
+        until all are."""
+        self._coming = None
         land(read.batch for read in self._reads)
         start = 0
         self._reads = []
-        self._coming = layer
         for tensor in self._layers[layer]:
             data = self._memory[1][start : start + tensor.data.length]
             start += round_up(tensor.data.length, PAGE)
@@ -114,6 +112,7 @@ class Rotation:
             began = time.perf_counter_ns()
             batch = self._backend.submit(requests)
             self._reads.append(_Read(tensor, data, asked, began, batch))
+        self._coming = layer
 
     def _checked(self, read: _Read) -> NDArray[Any]:
         tensor, data = read.tensor, read.data

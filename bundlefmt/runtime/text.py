@@ -26,7 +26,12 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 _MOST_TEXT = 256 << 20  # bytes of a text file
 
-_quiet = threading.Lock()
+# Held while standard error goes nowhere. A fork waits for that: its child would find the lock taken
+# by a thread that it has not, and keep the descriptor. (One by the thread that holds it does not.)
+_quiet = threading.RLock()
+os.register_at_fork(
+    before=_quiet.acquire, after_in_parent=_quiet.release, after_in_child=_quiet.release
+)
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

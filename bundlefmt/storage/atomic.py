@@ -36,7 +36,8 @@ _NO_SYNC = (*_NO_LOCKS, errno.EACCES, errno.EPERM)
 def replacing(
     path: str | os.PathLike[str], *, force: bool = False, needed: int = 0
 ) -> Iterator[BinaryIO]:
-    """A writable, seekable, unbuffered file that takes the name `path` when the block ends well.
+    """A writable, seekable, unbuffered file that takes the name `path` when the block ends well:
+    without `force` only if nobody else has taken it meanwhile.
 
     Where `path` is a link, what it leads to is replaced. When the block raises, nothing is left;
     nor is a new file when its folder cannot be synced after the rename. Raises UsageError when
@@ -51,7 +52,10 @@ def replacing(
         yield file
         os.fsync(file.fileno())
         refuse_existing(Path(path), force=force)
-        _rename(Path(file.name), target)
+        if force:
+            _rename(Path(file.name), target)
+        else:
+            _link_all([(Path(file.name), target)])
 
 
 @contextmanager
@@ -102,15 +106,7 @@ def new_files(
     with _reporting(folder), _temporary_folder(staging) as temporary:
         yield temporary
         _sync_all(temporary)
-        linked: list[Path] = []
-        try:
-            for name in names:
-                _link(temporary / name, target / name)
-                linked.append(target / name)
-            _sync_folder(target)
-        except BaseException:
-            _unlink(linked)
-            raise
+        _link_all([(temporary / name, target / name) for name in names])
 
 
 @contextmanager
@@ -206,7 +202,11 @@ def _temporary_file(target: Path) -> Iterator[BinaryIO]:
             yield file
     finally:
         with suppress(OSError, ValueError):
-            temporary.unlink(missing_ok=True)
+            try:
+                temporary.unlink(missing_ok=True)
+            except KeyboardInterrupt:  # it may have come before the call
+                temporary.unlink(missing_ok=True)
+                raise
 
 
 @contextmanager
@@ -236,6 +236,21 @@ def _rename(temporary: Path, target: Path) -> None:
     except OSError:
         if new:
             target.replace(temporary)
+        raise
+
+
+def _link_all(pairs: Sequence[tuple[Path, Path]]) -> None:
+    """Give temporary files the names of their targets, in one folder, unless one of those is taken:
+    then, or when that may not last, none of them. What others put there meanwhile stays."""
+    linked: list[Path] = []
+    try:
+        for temporary, target in pairs:
+            _link(temporary, target)
+            linked.append(target)
+        for folder in {target.parent for target in linked}:
+            _sync_folder(folder)
+    except BaseException:
+        _unlink([*linked, *(target for file, target in pairs if _is_link_to(target, file))])
         raise
 
 

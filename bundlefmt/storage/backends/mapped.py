@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,10 +61,10 @@ class Mapped(Buffered):
         ends = np.minimum(requests.offsets + requests.sizes, self._size)
         pages = requests.offsets - requests.offsets % mmap.PAGESIZE
         inside = pages < ends
-        for page, length in zip(
-            pages[inside].tolist(), (ends - pages)[inside].tolist(), strict=True
-        ):
-            self._map.madvise(mmap.MADV_WILLNEED, page, length)
+        spans = zip(pages[inside].tolist(), (ends - pages)[inside].tolist(), strict=True)
+        with suppress(OSError, ValueError):  # reads find what is wrong; ValueError: just closed
+            for page, length in spans:
+                self._map.madvise(mmap.MADV_WILLNEED, page, length)
 
     def _read_at_once(self, offset: int, size: int, views: Sequence[NDArray[np.uint8]]) -> bool:
         if offset + size > self._size or len(views) > MAX_VIEWS:
