@@ -110,11 +110,11 @@ def _cache(found: Plan) -> str:
 
 
 def _advised(line: Advice, plan: Plan) -> str:
-    """`1.2 GiB more memory, --memory 4096MiB: a window of 5 tokens, 0.2 GB per token ...`"""
+    """`1.2 GiB more memory, --memory 4096MiB: a window of 5 tokens, 0.2 GiB per token ...`"""
     if line.bytes_per_token is None:
         return line.change
-    read = f"{line.bytes_per_token / 1e9:.3f} GB per token instead of "
-    read += f"{plan.bytes_per_token / 1e9:.3f}"
+    read = f"{output.size(line.bytes_per_token)} per token instead of "
+    read += output.size(plan.bytes_per_token)
     if line.memory is None:
         return f"{line.change}: {read}"
     window = "all neurons in the cache"
