@@ -12,6 +12,7 @@ QUEUE_DEPTH = 128
 BATCH = 512  # neurons
 ORDERS = ("random", "sorted")
 CORES = ("native", "python")
+POSITIONAL = ("model", "source", "path")
 POLICIES = ("lfu", "lru", "window", "none")
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -53,6 +54,14 @@ def parse_share(text: str) -> float:
         return float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 0.25 or 25%") from None
+
+
+def as_typed(field: str | None, args: argparse.Namespace) -> str | None:
+    """The field that an error is about: an option as it is typed, `max_new_tokens` as
+    `--max-new-tokens`."""
+    if field is None or field in POSITIONAL or field not in vars(args):
+        return field
+    return "--" + field.replace("_", "-")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -163,10 +163,10 @@ def _compare(args: argparse.Namespace) -> int:
 
     if args.model is None:
         raise UsageError("a comparison needs a bundle file", field="peers")
-    for option, given in (("chunk-size", args.chunk_size), ("plot", args.plot)):
+    for option, given in (("chunk_size", args.chunk_size), ("plot", args.plot)):
         if given:
             raise UsageError("a comparison reads bundle by bundle: no other sizes", field=option)
-    for option, counts in (("queue-depth", args.queue_depth), ("threads", args.threads)):
+    for option, counts in (("queue_depth", args.queue_depth), ("threads", args.threads)):
         if len(counts) != 1:
             raise UsageError("a comparison takes one", field=option, found=len(counts))
     with output.progress("comparing", in_bytes=False) as progress:
