@@ -98,14 +98,17 @@ def add_caching(parser: argparse.ArgumentParser, *, required: bool = False) -> N
         type=parse_size,
         required=required,
         metavar="SIZE",
-        help="of the whole process, such as 7GiB; what is left of it caches neurons",
+        help="memory for the whole process, such as 7GiB; what nothing else needs caches neurons",
     )
     parser.add_argument(
         "--policy",
         default="lfu",
         choices=POLICIES,
-        help="which neurons the cache lets go; none leaves caching to the operating system",
+        help="which neurons the cache evicts; none leaves caching to the operating system",
     )
     parser.add_argument(
-        "--window", type=int, metavar="TOKENS", help="whose neurons policy window keeps"
+        "--window",
+        type=int,
+        metavar="TOKENS",
+        help="how many of the last tokens policy window keeps neurons of",
     )

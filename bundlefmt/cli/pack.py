@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--family",
         metavar="NAME",
-        help="pack by this family's rules where config.json's model_type is of none",
+        help="the family whose rules to use, where config.json's model_type is not known",
     )
     parser.add_argument("--dtype", default="keep", choices=DTYPES, help="encoding of the bundles")
     parser.add_argument(
