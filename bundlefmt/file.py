@@ -53,6 +53,9 @@ class BundleFile:
         try:
             self._fd = open_descriptor(self.path)
         except OSError as error:
+            if Path(self.path).is_dir():
+                why = "a folder, not a bundle file: `bundlefmt pack` makes one of a checkpoint"
+                raise UsageError(why, file=self.path) from error
             raise UsageError(f"cannot open: {error.strerror}", file=self.path) from error
         try:
             with naming(self.path):

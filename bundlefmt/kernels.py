@@ -37,10 +37,11 @@ _MOST_THREADS = 1024  # that the native core computes with
 _threads = CPUS
 
 
-def set_threads(count: int) -> None:
-    """How many threads the native core computes with (default: one per CPU of the process)."""
+def set_threads(count: int, field: str = "threads") -> None:
+    """How many threads the native core computes with (default: one per CPU of the process);
+    `field` is what an error calls the number."""
     global _threads
-    _threads = integer(count, "threads", 1, _MOST_THREADS)
+    _threads = integer(count, field, 1, _MOST_THREADS)
 
 
 class Part(NamedTuple):

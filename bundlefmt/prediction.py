@@ -95,7 +95,7 @@ def trace(
     """
     start = time.perf_counter()
     if max_tokens is not None and max_tokens < 1:
-        raise UsageError("out of range", field="max-tokens", expected="1 or more", found=max_tokens)
+        raise UsageError("out of range", field="max_tokens", expected="1 or more", found=max_tokens)
     with load_model(path, mode="dense") as model, naming(path):
         tokenizer = Tokenizer(model.file)
         ids = tokenizer.encode(read_text(text))[:max_tokens]
@@ -145,10 +145,10 @@ def train_predictors(
     layers = recorded.info.layers
     if not 0 <= last_layers <= len(layers):
         raise UsageError(
-            "out of range", field="last-layers", expected=f"0..{len(layers)}", found=last_layers
+            "out of range", field="last_layers", expected=f"0..{len(layers)}", found=last_layers
         )
     if bool(last_layers) != (last_rank is not None):
-        raise UsageError("last-layers and last-rank go together", field="last-rank")
+        raise UsageError("last_layers and last_rank go together", field="last_rank")
     ranks = [rank] * (len(layers) - last_layers) + [
         rank if last_rank is None else last_rank
     ] * last_layers

@@ -239,6 +239,61 @@ def test_misuse_is_one_line_and_status_2(
     assert demo_bundle.read_bytes() == before
 
 
+SAID: list[tuple[list[str], str]] = [  # what a command says of what was typed
+    (
+        ["run", "{demo}", *PROMPT, "--max-new-tokens", "-1"],
+        "--max-new-tokens: out of range: expected 0..2147483647, found -1",
+    ),
+    (
+        ["run", "{demo}", *PROMPT, "--compute-threads", "0"],
+        "--compute-threads: out of range: expected 1..1024, found 0",
+    ),
+    (["run", "{demo}", "--prompt", ""], "--prompt: no text to continue"),
+    (
+        ["run", "{demo}", *PROMPT, "--timeline", "{tmp}/token.png"],
+        "{tmp}/token.png: unknown kind of picture: expected .svg, found .png",
+    ),
+    (
+        ["run", "{demo}", *PROMPT, "--memory", "1G", "--window", "3"],
+        "--window: policy lfu takes no window: expected none, found 3",
+    ),
+    (
+        ["run", "{demo}", *PROMPT, "--memory", "1G", "--policy", "window"],
+        "--window: policy window takes a window: expected a number of tokens, found none",
+    ),
+    (
+        ["run", str(DEMO), *PROMPT],
+        f"{DEMO}: a folder, not a bundle file: `bundlefmt pack` makes one of a checkpoint",
+    ),
+    (
+        ["pack", "{demo}", "-o", "{tmp}/new.bundle"],
+        "{demo}: a bundle file already: `bundlefmt unpack` writes back the checkpoint that it was "
+        "made of: expected safetensors",
+    ),
+    (
+        ["unpack", "{demo}", "-o", str(DEMO)],
+        f"{DEMO}/config.json: already there: remove it, or choose another name",
+    ),
+    (
+        ["trace", "{demo}", "--text", str(TEXT), "--max-tokens", "0", "-o", "{tmp}/traces"],
+        "--max-tokens: out of range: expected 1 or more, found 0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("command", "said"), SAID)
+def test_misuse_is_told_in_the_words_that_were_typed(
+    command: list[str],
+    said: str,
+    demo_bundle: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert main(filled(command, demo_bundle, tmp_path)) == 2
+    (line,) = filled([said], demo_bundle, tmp_path)
+    assert capfd.readouterr().err == f"bundlefmt {command[0]}: {line}\n"
+
+
 @pytest.mark.parametrize("misuse", MISUSE)
 def test_misuse_puts_nothing_on_standard_output(
     demo_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], misuse: str
@@ -396,9 +451,9 @@ def test_a_pack_says_what_it_made_of_the_model(tmp_path: Path) -> None:
     assert done.returncode == 0
     said = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert said["family"] == "llama, silu"
-    assert said["bundles"].endswith("52.6% of the weights")
+    assert said["bundles"].endswith("52.6 % of the weights")
     assert said["unused"].endswith("in 1 tensor: score.weight")
-    assert said["run"].startswith("does not compute it: ")
+    assert said["runs"].startswith("no: ")
     assert is_one_line(done.stderr)
     assert "no output head" in done.stderr
 

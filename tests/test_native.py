@@ -309,6 +309,15 @@ def test_the_core_is_done_without_where_that_was_asked_for(asked: str, without_c
     assert done.returncode == 0, done.stderr
 
 
+def test_a_core_that_is_asked_for_by_name_is_not_done_without(without_core: Path) -> None:
+    (without_core / "bundlefmt" / "native" / "left_out.py").touch()
+    code = [sys.executable, "-m", "bundlefmt", "demo", "--core", "native"]
+    done = subprocess.run(code, cwd=without_core, capture_output=True, text=True, env=_no_core())
+    assert done.returncode == 2
+    assert "the native core is missing" in done.stderr
+    assert "found installed with BUNDLEFMT_NATIVE=off" in done.stderr
+
+
 def _no_core() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "BUNDLEFMT_CORE"}
 

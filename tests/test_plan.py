@@ -26,7 +26,7 @@ from bundlefmt.flash.budget import least_limit
 from bundlefmt.flash.costmodel import VERSION, DeviceProfile, SizeCost
 from bundlefmt.flash.traces import Trace
 from bundlefmt.layout.header import Predictor
-from bundlefmt.planning import Plan
+from bundlefmt.planning import Plan, advice
 from bundlefmt.reader import ReadStats
 from bundlefmt.runtime import generate
 from bundlefmt.runtime import memory as memory_of
@@ -125,6 +125,17 @@ def test_too_little_memory_is_refused_as_a_load_refuses_it(demo_bundle: Path, me
         assert model.budget is not None and model.budget.limit == least
     with pytest.raises(UsageError, match="too little memory"):
         bundlefmt.plan(demo_bundle, least - 2 * memory_of.MIB, mode="exact")
+
+
+def test_a_text_that_no_run_takes_is_not_planned(demo_bundle: Path) -> None:
+    assert bundlefmt.plan(demo_bundle, PLENTY, tokens=256).tokens == 256
+    with pytest.raises(UsageError, match=r"tokens: out of range: expected 1\.\.256, found 257"):
+        bundlefmt.plan(demo_bundle, PLENTY, tokens=257)
+
+
+@pytest.mark.parametrize(("then", "now", "saves"), [(0, 65, False), (0, 8192, True)])
+def test_less_than_a_page_is_no_saving(then: float, now: float, saves: bool) -> None:
+    assert advice._saves(then, now) == saves
 
 
 @pytest.fixture(scope="module")

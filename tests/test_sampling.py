@@ -28,6 +28,7 @@ def random(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("temperature", [0, 0.0, np.float32(0), 1e-300, 5e-324, Fraction(1, 10**9)])
 def test_no_or_nearly_no_temperature_takes_the_likeliest(temperature: Any) -> None:
     assert choose(LOGITS, Sampling(temperature), random()) == 1

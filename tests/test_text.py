@@ -207,7 +207,8 @@ def test_ids_are_those_of_transformers(tmp_path: Path, case: str) -> None:
     model, files = COMPARED[case]
     path = bundle(tmp_path, files, model)
     for text in ("a a ab  a!", " ab</s> a12", "é日 a\n\nb"):
-        assert opened(path).encode(text) == transformers_ids(tmp_path / "checkpoint", text)
+        ids = transformers_ids(tmp_path / "checkpoint", text)  # skips where there is none
+        assert opened(path).encode(text) == ids
 
 
 def test_what_only_transformers_converts_says_so(

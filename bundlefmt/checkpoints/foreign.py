@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from fnmatch import fnmatch
 
+from bundlefmt.layout.superblock import MAGIC
+
 _SAVE = "save it as safetensors with transformers: from_pretrained(FOLDER).save_pretrained(OUT)"
 _TORCH = f"PyTorch weights: {_SAVE}"
 _KERAS = "TensorFlow weights: take the model's safetensors from the Hub"
@@ -19,7 +21,10 @@ ADAPTER = (
 _CACHE = "a repository of the Hub's cache: name the folder of a revision in its snapshots/"
 _DIFFUSERS = "a diffusion pipeline: name the folder of one of its models"
 
+_BUNDLE = "a bundle file already: `bundlefmt unpack` writes back the checkpoint that it was made of"
+
 _MAGIC = (  # first bytes of a file -> what it is
+    (MAGIC, _BUNDLE),
     (b"GGUF", _GGUF),
     (b"\x89HDF", _KERAS),
     (b"\x93NUMPY", _ARRAYS),

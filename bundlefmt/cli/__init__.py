@@ -80,7 +80,7 @@ def _run(argv: Sequence[str] | None) -> int:
 def _command(argv: Sequence[str] | None) -> int:
     import warnings
 
-    from bundlefmt.cli.arguments import choose_core
+    from bundlefmt.cli.arguments import as_typed, choose_core
     from bundlefmt.cli.output import complain
     from bundlefmt.cli.parser import make_parser
     from bundlefmt.errors import BundleError, UsageError
@@ -96,6 +96,8 @@ def _command(argv: Sequence[str] | None) -> int:
             warnings.showwarning = show
             status: int = args.run(args)
     except BundleError as error:
+        if isinstance(error, UsageError):
+            error.field = as_typed(error.field, args)
         complain(error, args.command)
         return 2 if isinstance(error, UsageError) else 1
     except BrokenPipeError:

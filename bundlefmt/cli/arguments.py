@@ -12,6 +12,7 @@ QUEUE_DEPTH = 128
 BATCH = 512  # neurons
 ORDERS = ("random", "sorted")
 CORES = ("native", "python")
+POSITIONAL = ("model", "source", "path")
 POLICIES = ("lfu", "lru", "window", "none")
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -55,6 +56,14 @@ def parse_share(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 0.25 or 25%") from None
 
 
+def as_typed(field: str | None, args: argparse.Namespace) -> str | None:
+    """The field that an error is about: an option as it is typed, `max_new_tokens` as
+    `--max-new-tokens`."""
+    if field is None or field in POSITIONAL or field not in vars(args):
+        return field
+    return "--" + field.replace("_", "-")
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """`--json`"""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
@@ -89,14 +98,17 @@ def add_caching(parser: argparse.ArgumentParser, *, required: bool = False) -> N
         type=parse_size,
         required=required,
         metavar="SIZE",
-        help="of the whole process, such as 7GiB; what is left of it caches neurons",
+        help="memory for the whole process, such as 7GiB; what nothing else needs caches neurons",
     )
     parser.add_argument(
         "--policy",
         default="lfu",
         choices=POLICIES,
-        help="which neurons the cache lets go; none leaves caching to the operating system",
+        help="which neurons the cache evicts; none leaves caching to the operating system",
     )
     parser.add_argument(
-        "--window", type=int, metavar="TOKENS", help="whose neurons policy window keeps"
+        "--window",
+        type=int,
+        metavar="TOKENS",
+        help="how many of the last tokens policy window keeps neurons of",
     )

@@ -27,7 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bytes per read, such as 4K,16K,64K; of a model, as many neighbouring bundles "
         "(default: one bundle)",
     )
-    parser.add_argument("--backend", choices=arguments.BACKENDS, help="default: all of them")
+    parser.add_argument(
+        "--backend",
+        choices=arguments.BACKENDS,
+        help="the backend to measure (default: all of them)",
+    )
     parser.add_argument(
         "--queue-depth",
         type=arguments.parse_counts,
@@ -51,18 +55,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"(default: {arguments.BATCH})",
     )
     parser.add_argument(
-        "--order", choices=arguments.ORDERS, default=arguments.ORDERS[0], help="within a batch"
+        "--order",
+        choices=arguments.ORDERS,
+        default=arguments.ORDERS[0],
+        help="order of the reads within a batch",
     )
     parser.add_argument(
         "--adjacent",
         type=arguments.parse_share,
         default=0.0,
         metavar="SHARE",
-        help="share of a batch's neurons that lie next to another one of it, such as 0.25",
+        help="share of a batch's neurons that are neighbours in the file, such as 0.25",
     )
     parser.add_argument("--dir", default=".", help="where the temporary file goes")
     parser.add_argument(
-        "--size", type=arguments.parse_size, default=SIZE, help="of the temporary file"
+        "--size", type=arguments.parse_size, default=SIZE, help="size of the temporary file"
     )
     parser.add_argument(
         "--peers",
@@ -163,10 +170,10 @@ def _compare(args: argparse.Namespace) -> int:
 
     if args.model is None:
         raise UsageError("a comparison needs a bundle file", field="peers")
-    for option, given in (("chunk-size", args.chunk_size), ("plot", args.plot)):
+    for option, given in (("chunk_size", args.chunk_size), ("plot", args.plot)):
         if given:
             raise UsageError("a comparison reads bundle by bundle: no other sizes", field=option)
-    for option, counts in (("queue-depth", args.queue_depth), ("threads", args.threads)):
+    for option, counts in (("queue_depth", args.queue_depth), ("threads", args.threads)):
         if len(counts) != 1:
             raise UsageError("a comparison takes one", field=option, found=len(counts))
     with output.progress("comparing", in_bytes=False) as progress:

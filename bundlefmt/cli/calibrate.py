@@ -26,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"for how long, about; longer is steadier (default: {SECONDS:.0f})",
     )
     parser.add_argument(
-        "--size", type=arguments.parse_size, default=SIZE, help="of the temporary file in a folder"
+        "--size",
+        type=arguments.parse_size,
+        default=SIZE,
+        help="size of the temporary file in a folder",
     )
     arguments.add_core(parser)
     arguments.add_json(parser)

@@ -15,15 +15,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     parser.add_argument("model", help="a bundle file")
     parser.add_argument("--text", required=True, metavar="FILE", help="the UTF-8 text to score")
-    parser.add_argument("--mode", default="dense", choices=MODES, help="as of bundlefmt run")
+    parser.add_argument("--mode", default="dense", choices=MODES, help="as in run")
     parser.add_argument(
-        "--max-tokens", type=int, metavar="N", help="of the text's beginning (default: all)"
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="score only so many tokens of the text (default: all)",
     )
     parser.add_argument(
         "--context",
         type=int,
         metavar="N",
-        help="tokens of a window (default: the model's context, at most 512)",
+        help="tokens that are seen at once (default: the model's context, at most 512)",
     )
     parser.add_argument(
         "--one-at-a-time",

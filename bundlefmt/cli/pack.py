@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--family",
         metavar="NAME",
-        help="pack by this family's rules where config.json's model_type is of none",
+        help="the family whose rules to use, where config.json's model_type is not known",
     )
     parser.add_argument("--dtype", default="keep", choices=DTYPES, help="encoding of the bundles")
     parser.add_argument(
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             (
                 "bundles",
                 f"{output.size(report.bundle_bytes)}, {padding}: "
-                f"{report.unit_share:.1%} of the weights",
+                f"{output.share(report.unit_share, 1)} of the weights",
             ),
             ("resident", output.size(report.resident_bytes)),
             *([("unused", unused)] if report.unused else []),
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
                 f"{output.size(report.file_bytes)} (checkpoint: "
                 f"{output.size(report.source_bytes)})",
             ),
-            ("run", "computes it" if report.runs else f"does not compute it: {report.why_not}"),
+            ("runs", "yes" if report.runs else f"no: {report.why_not}"),
             ("seconds", f"{report.seconds:.2f}"),
         ]
     )

@@ -21,20 +21,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a bundle file")
     parser.add_argument("--mode", default="dense", choices=MODES, help="as in run")
     parser.add_argument(
-        "--share", type=float, default=0.3, help="of the neurons, that mode topk takes"
+        "--share", type=float, default=0.3, help="share of the neurons that mode topk takes"
     )
     arguments.add_caching(parser, required=True)
     parser.add_argument(
         "--tokens",
         type=int,
         metavar="N",
-        help="of the longest text, prompt and --max-new-tokens included (default: the model's "
+        help="tokens of the longest text, prompt and new ones included (default: the model's "
         "context, at most 2048)",
     )
     parser.add_argument("--draft", metavar="FILE", help="as in run")
     parser.add_argument("--threads", type=int, default=arguments.THREADS, help="as in run")
     parser.add_argument(
-        "--traces", metavar="DIR", help="what trace recorded: which neurons are active"
+        "--traces",
+        metavar="DIR",
+        help="the folder that `trace` wrote, which tells what neurons are active",
     )
     arguments.add_json(parser)
 
@@ -110,11 +112,11 @@ def _cache(found: Plan) -> str:
 
 
 def _advised(line: Advice, plan: Plan) -> str:
-    """`1.2 GiB more memory, --memory 4096MiB: a window of 5 tokens, 0.2 GB per token ...`"""
+    """`1.2 GiB more memory, --memory 4096MiB: a window of 5 tokens, 0.2 GiB per token ...`"""
     if line.bytes_per_token is None:
         return line.change
-    read = f"{line.bytes_per_token / 1e9:.3f} GB per token instead of "
-    read += f"{plan.bytes_per_token / 1e9:.3f}"
+    read = f"{output.size(line.bytes_per_token)} per token instead of "
+    read += output.size(plan.bytes_per_token)
     if line.memory is None:
         return f"{line.change}: {read}"
     window = "all neurons in the cache"

@@ -1,4 +1,4 @@
-"""bundlefmt reorder: a file in which neurons that fire together lie together."""
+"""bundlefmt reorder: a file in which neurons that fire together are neighbours."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from bundlefmt.errors import printable
 if TYPE_CHECKING:
     from bundlefmt.ordering import Reordered
 
-HELP = "write a file in which neurons that fire together lie together, so that reads are fewer"
+HELP = "write a file in which neurons that fire together are neighbours, so that reads are fewer"
 GAP = 32 << 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     parser.add_argument("model", help="a bundle file")
-    parser.add_argument("--traces", required=True, metavar="DIR", help="what `trace` recorded")
+    parser.add_argument(
+        "--traces", required=True, metavar="DIR", help="the folder that `trace` wrote"
+    )
     parser.add_argument(
         "-o",
         "--output",
@@ -55,13 +57,13 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(
         f"{printable(report.path)}: {output.size(report.file_bytes)} in {report.seconds:.1f} s; "
-        f"per token, over {report.tokens:,} that were held out, without gaps and over gaps of "
+        f"per token, on {report.tokens:,} held-out tokens, without gaps and with gaps of "
         f"{output.size(report.gap)}:"
     )
     output.print_table(
         [
             *("layer", "active", "run before", "after", "requests before", "after", "fewer"),
-            *("over gaps before", "after", "unwanted before", "after"),
+            *("with gaps before", "after", "unwanted before", "after"),
         ],
         [_cells(row) for row in [*report.layers, report.total]],
     )

@@ -17,49 +17,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     parser.add_argument("model", help="a bundle file")
     parser.add_argument("--prompt", required=True, help="the text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="tokens to generate, at most"
+    )
     parser.add_argument(
         "--mode",
         default="dense",
         choices=MODES,
         help="dense reads every neuron; exact, for ReLU-like models, only the active ones; "
-        "predict those that the file's predictors name, topk the strongest ones: approximations",
+        "predict, for ReLU-like models, those that predictors name, and topk the strongest ones: "
+        "both are approximations",
     )
     parser.add_argument(
-        "--share", type=float, default=0.3, help="of the neurons, that mode topk takes"
+        "--share", type=float, default=0.3, help="share of the neurons that mode topk takes"
     )
     arguments.add_caching(parser)
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 takes the likeliest token"
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="of the sampling; 0 takes the likeliest token",
     )
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling")
-    parser.add_argument("--seed", type=int, help="of the sampling")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="share of probability that sampling keeps (nucleus sampling)",
+    )
+    parser.add_argument("--seed", type=int, help="seed of the sampling")
     parser.add_argument(
         "--draft",
         metavar="FILE",
-        help="a small model of the same tokens, for speculative decoding; stays in memory whole",
+        help="a small model with the same tokenizer, for speculative decoding; held in memory",
     )
     parser.add_argument(
         "--draft-tokens",
         type=int,
         default=DRAFT_TOKENS,
         metavar="N",
-        help="that the draft proposes for each pass",
+        help="tokens that the draft proposes for each pass",
     )
-    parser.add_argument("--backend", default="auto", choices=arguments.BACKENDS)
-    parser.add_argument("--threads", type=int, default=arguments.THREADS, help="reading threads")
+    parser.add_argument(
+        "--backend", default="auto", choices=arguments.BACKENDS, help="how to read the file"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=arguments.THREADS,
+        help="reading threads of the other backends",
+    )
     parser.add_argument(
         "--queue-depth",
         type=int,
         default=arguments.QUEUE_DEPTH,
         metavar="N",
-        help="reads in flight, of the uring backend",
+        help="reads in flight of the uring backend",
     )
     parser.add_argument(
-        "--compute-threads", type=int, metavar="N", help="default: one for each CPU"
+        "--compute-threads",
+        type=int,
+        metavar="N",
+        help="threads to compute with (default: one for each CPU)",
     )
     parser.add_argument(
-        "--timeline", metavar="FILE.svg", help="draw there where the last pass's time went"
+        "--timeline",
+        metavar="FILE.svg",
+        help="draw in this file where the time of the last pass went",
     )
     arguments.add_reading(parser)
     arguments.add_core(parser)

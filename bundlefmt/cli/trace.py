@@ -16,9 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a bundle file")
     parser.add_argument("--text", required=True, metavar="FILE", help="the text to run over")
     parser.add_argument(
-        "-o", "--output", metavar="DIR", help="default: the model's name with .traces"
+        "-o",
+        "--output",
+        metavar="DIR",
+        help="the folder to write (default: the model's name with .traces)",
     )
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="default: the whole text")
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="run over only so many tokens (default: all)"
+    )
     arguments.add_core(parser)
     arguments.add_json(parser)
 

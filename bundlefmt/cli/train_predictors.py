@@ -15,8 +15,12 @@ RANK, RECALL, EPOCHS = 128, 0.95, 2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     parser.add_argument("model", help="a bundle file, which gets the predictors")
-    parser.add_argument("--traces", required=True, metavar="DIR", help="what `trace` recorded")
-    parser.add_argument("--rank", type=int, default=RANK, metavar="N", help="of each predictor")
+    parser.add_argument(
+        "--traces", required=True, metavar="DIR", help="the folder that `trace` wrote"
+    )
+    parser.add_argument(
+        "--rank", type=int, default=RANK, metavar="N", help="rank of each predictor"
+    )
     parser.add_argument(
         "--last-layers", type=int, default=0, metavar="N", help="how many layers get --last-rank"
     )
@@ -28,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="the share of active neurons to find, which sets the thresholds",
     )
-    parser.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help="over the trace")
+    parser.add_argument(
+        "--epochs", type=int, default=EPOCHS, metavar="N", help="how often to go over the trace"
+    )
     arguments.add_core(parser)
     arguments.add_json(parser)
 

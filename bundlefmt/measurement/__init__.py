@@ -182,7 +182,7 @@ def _bench_device(path: str, setting: _Setting) -> BenchRow:
     size, chunk = Path(path).stat().st_size, setting.chunk
     if not 0 < chunk <= size:
         raise UsageError(
-            "chunk does not fit the file", field="chunk-size", expected=f"1..{size}", found=chunk
+            "chunk does not fit the file", field="chunk_size", expected=f"1..{size}", found=chunk
         )
     random = np.random.default_rng(SEED)
     count = min(reads_per_repetition(chunk), size // chunk)

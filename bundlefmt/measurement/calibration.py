@@ -88,7 +88,7 @@ def calibrate(
         raise UsageError("out of range", field="seconds", expected="0 or more", found=seconds)
     folder = Path(path).is_dir()
     with target(None if folder else path, path, size) as (file, _):
-        _check_size(Path(file).stat().st_size, path)
+        _check_size(Path(file).stat().st_size, path, folder)
         memory = touched(1, _MOST_BYTES)[0]
         backend, fallback = open_backend(file, memory=memory)
         try:
@@ -115,12 +115,12 @@ def calibrate(
         )
 
 
-def _check_size(size: int, path: str | os.PathLike[str]) -> None:
+def _check_size(size: int, path: str | os.PathLike[str], folder: bool) -> None:
     if size < _LEAST_SIZE:
         raise UsageError(
-            "too small to measure a device on; a folder is measured on a temporary file",
+            "too small to measure a device on" + ("" if folder else ": name its folder instead"),
             file=path,
-            field="size",
+            field="size" if folder else None,
             expected=f"{_LEAST_SIZE} bytes or more",
             found=size,
         )

@@ -48,7 +48,7 @@ def _load() -> tuple[Any, str, bool]:
 def _why_there_is_none() -> tuple[str, bool]:
     """Why no core was built, and whether that was asked for."""
     if find_spec("bundlefmt.native.left_out"):  # a module that such an install adds
-        return "installed with BUNDLEFMT_NATIVE=off", True
+        return "installed with BUNDLEFMT_NATIVE=off", "BUNDLEFMT_CORE" not in os.environ
     source = Path(__file__).parents[2]
     if (source / "pyproject.toml").is_file():
         return f"{source} is a source tree: start in another folder, or `pip install -e .`", False

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
-from bundlefmt.errors import BundleError, naming
+from bundlefmt.errors import BundleError, integer, naming
 from bundlefmt.file import BundleFile
 from bundlefmt.flash import predictor, profiles, reuse
 from bundlefmt.flash.budget import Budget
@@ -94,7 +94,7 @@ def plan(
     caching = Caching(memory, policy, window, tokens, threads=threads)
     with BundleFile(path) as file, naming(path):
         config = decoder_config(file.config, len(file.groups))
-        longest = caching.tokens_of(config)
+        longest = integer(caching.tokens_of(config), "tokens", 1, config.context)
         reserved = 0
         if "tokenizer.json" in file.blob_names or draft is not None:
             # A run has it in memory when the process is measured, and its draft's then and now.

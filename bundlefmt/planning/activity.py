@@ -60,7 +60,7 @@ def assumed(file: BundleFile, selecting: Selecting) -> Activity:
     return Activity(
         [reuse.assumed(group.neurons, share) for group in groups],
         "assumed",
-        f"{share:.1%} of the neurons for a token, reuse as OPT-6.7B's in the paper",
+        f"{100 * share:.1f} % of the neurons for a token, reuse as OPT-6.7B's in the paper",
     )
 
 

@@ -30,6 +30,7 @@ from bundlefmt.runtime.selection import Selecting
 _WINDOWS = (2, 5, 10, 20, 50, 100, 200)  # tokens
 _FEWER_BITS = "q8_0"
 _LEAST_SAVED = 0.01  # of what a token reads
+_LEAST_BYTES = 4096  # that a token reads less: a page
 
 
 @dataclass(frozen=True)
@@ -157,4 +158,4 @@ def choosing(divided: Divided, costs: Costs) -> Iterator[Advice]:
 
 
 def _saves(then: float, now: float) -> bool:
-    return then < (1 - _LEAST_SAVED) * now
+    return now - then > max(_LEAST_SAVED * now, _LEAST_BYTES)

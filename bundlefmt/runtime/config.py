@@ -305,7 +305,7 @@ def decoder_config(config: Mapping[str, Any], layers: int) -> DecoderConfig:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in _DECODERS:
         raise UsageError(
-            "this runtime does not compute such models",
+            "unsupported model type",
             field="config.json, model_type",
             expected=", ".join(sorted(_DECODERS)),
             found=str(model_type)[:60],

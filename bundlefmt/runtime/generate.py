@@ -267,7 +267,7 @@ def load_model(
     """
     native.require()
     if compute_threads is not None:
-        kernels.set_threads(compute_threads)
+        kernels.set_threads(compute_threads, "compute_threads")
     return Model(
         path,
         selecting=Selecting(mode, share),

@@ -85,9 +85,10 @@ class Caching:
             )
         if (self.policy == "window") != (self.window is not None):
             raise UsageError(
-                "a window belongs to policy window, and policy window needs one",
+                f"policy {self.policy} takes {'a' if self.window is None else 'no'} window",
                 field="window",
-                found=self.window,
+                expected="a number of tokens" if self.window is None else "none",
+                found="none" if self.window is None else self.window,
             )
         if self.window is not None:
             integer(self.window, "window", 1, _MOST_TOKENS)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bundlefmt.errors import integer
+from bundlefmt.errors import UsageError, integer
 from bundlefmt.file import BundleFile
 from bundlefmt.runtime.clock import Span
 from bundlefmt.runtime.draft import DraftReport, draft_bytes, opened_draft, report_of
@@ -92,12 +92,14 @@ def run(
     """
     start = time.perf_counter()
     if timeline is not None:
-        refuse_existing(Path(timeline), force=True)
+        _check_picture(Path(timeline))
     sampling = Sampling(temperature, top_p, seed)
     max_new_tokens = integer(max_new_tokens, "max_new_tokens", 0, MOST_TOKENS)
     with BundleFile(path) as file:  # first, since it is part of the process that is budgeted for
         tokenizer = Tokenizer(file)
     ids = tokenizer.encode(prompt)
+    if not ids:
+        raise UsageError("no text to continue", field="prompt")
     tokens = len(ids) + max(max_new_tokens, 1)
     reading: dict[str, Any] = {
         "backend": backend,
@@ -136,6 +138,13 @@ def run(
             with replacing(timeline, force=True) as file:
                 write_all(file.fileno(), picture.encode(), 0)
         return generation.report(text, load_seconds)
+
+
+def _check_picture(path: Path) -> None:
+    """Raise UsageError unless `path` may be written, and is named as what it will be."""
+    if path.suffix != ".svg":
+        raise UsageError("unknown kind of picture", file=path, expected=".svg", found=path.suffix)
+    refuse_existing(path, force=True)
 
 
 class _Timed:

@@ -68,10 +68,9 @@ def choose(logits: NDArray[Any], sampling: Sampling, random: np.random.Generator
         return likeliest(logits[None])[0]
     check_logits(logits)
     # The likeliest token's logit becomes 0, so that no temperature divides it beyond float64.
-    with np.errstate(over="ignore"):  # -inf is a share of 0
-        shares = kernels.softmax(
-            (logits - logits.max()).astype(np.float64) / float(sampling.temperature)
-        )
+    below = (logits - logits.max()).astype(np.float64)
+    with np.errstate(over="ignore"):  # what is infinitely far below has no share
+        shares = kernels.softmax(below / float(sampling.temperature))
     best = np.argsort(-shares, kind="stable")
     kept = best[: int(np.searchsorted(np.cumsum(shares[best]), sampling.top_p)) + 1]
     weights = shares[kept]

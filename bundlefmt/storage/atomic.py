@@ -310,7 +310,7 @@ def _refuse_taken(target: Path) -> None:
     if _kind(target.parent) != stat.S_IFDIR:
         raise UsageError("no such folder", file=target.parent)
     if _kind(target) is not None or target.is_symlink():
-        raise UsageError("already there", file=target, expected="a name that is free")
+        raise UsageError("already there: remove it, or choose another name", file=target)
 
 
 def _followed(path: Path) -> Path:
