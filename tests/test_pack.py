@@ -6,6 +6,7 @@ import errno
 import hashlib
 import importlib.util
 import json
+import os
 import random
 import shutil
 import signal
@@ -809,3 +810,16 @@ def test_a_full_disk_leaves_an_update_undone(small_bundle: Path, small_disk: Pat
     (small_disk / "hog").unlink()
     bundlefmt.append(path, tensors={"x": np.ones(100_000, np.float32)})
     assert bundlefmt.verify(path).notes == []
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSYS, errno.ESPIPE])
+def test_a_file_system_that_takes_no_advice_is_written(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_advice(*args: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fadvise", no_advice)
+    bundlefmt.pack(FIXTURES / "llama", tmp_path / "model.bundle")
+    bundlefmt.append(tmp_path / "model.bundle", blobs={"note": b"x"})
+    assert bundlefmt.verify(tmp_path / "model.bundle").ok

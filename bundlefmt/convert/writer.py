@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 import numpy as np
@@ -115,7 +115,8 @@ class RegionWriter:
         """Write a buffer and set off its way to the device; returns how many bytes."""
         count = write_all(self._fd, data, offset)
         # Of pages that are dirty, DONTNEED starts the writing: less is left for fsync to wait for.
-        os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):  # a file system, or a kernel, may take no advice
+            os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_DONTNEED)
         return count
 
 
