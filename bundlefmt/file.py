@@ -72,13 +72,14 @@ class BundleFile:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file. May be called twice."""
-        if self._backend is not None:
-            self._backend.close()
-            self._backend = None
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Let go of the file. May be called twice, by two threads at once too."""
+        # A descriptor that was closed may be another file's before this thread goes on.
+        backend, self._backend = self._backend, None
+        fd, self._fd = self._fd, -1
+        if backend is not None:
+            backend.close()
+        if fd >= 0:
+            os.close(fd)
 
     @property
     def groups(self) -> list[Group]:

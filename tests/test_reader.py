@@ -367,6 +367,23 @@ def test_a_wrong_expert_is_refused_naming_the_layers_experts(expert: int | None)
         reader.read(1, [0], expert=expert)
 
 
+def test_a_file_that_two_threads_close_is_closed_once(
+    small_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, close, closed = bundlefmt.open(small_bundle), os.close, list[int]()
+
+    def closing(fd: int) -> None:
+        closed.append(fd)
+        if len(closed) == 1:
+            file.close()  # as another thread may meanwhile
+            close(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", closing)
+        file.close()
+    assert len(closed) == 1
+
+
 def test_a_closed_reader_refuses_and_may_be_closed_again(small_bundle: Path) -> None:
     with bundlefmt.open(small_bundle) as file:
         reader = file.reader()
