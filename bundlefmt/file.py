@@ -75,13 +75,14 @@ class BundleFile:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file. May be called twice."""
-        if self._backend is not None:
-            self._backend.close()
-            self._backend = None
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Let go of the file. May be called twice, by two threads at once too."""
+        # A descriptor that was closed may be another file's before this thread goes on.
+        backend, self._backend = self._backend, None
+        fd, self._fd = self._fd, -1
+        if backend is not None:
+            backend.close()
+        if fd >= 0:
+            os.close(fd)
 
     @property
     def groups(self) -> list[Group]:
@@ -248,7 +249,8 @@ class BundleFile:
         memory: NDArray[np.uint8] | None = None,
     ) -> tuple[Backend, str | None]:
         """What `open_backend` gives for this file, and raises; ReadError, too, when another file
-        has its name by now."""
+        has its name by now, UsageError when this one is closed."""
+        self._require_open()
         opened, fallback = open_backend(self.path, name, threads, queue_depth, memory)
         try:
             same = os.path.samestat(os.fstat(self._fd), Path(self.path).stat())
@@ -271,8 +273,7 @@ class BundleFile:
     def read(self, span: Span, field: str) -> memoryview:
         """The bytes of a span, unchecked. Raises ReadError when they cannot all be read,
         UsageError when the file is closed."""
-        if self._fd < 0:
-            raise UsageError("the file is closed", file=self.path)
+        self._require_open()
         if span.length >= _LONG:
             return self._read_past_the_cache(span)
         view = memoryview(bytearray(span.length))
@@ -296,11 +297,21 @@ class BundleFile:
         return view
 
     def _read_past_the_cache(self, span: Span) -> memoryview:
-        if self._backend is None:
-            self._backend, _ = self.backend()
+        backend = self._backend
+        if backend is None:
+            backend, _ = self.backend()
+            # Of the backends of several threads one is kept; the others are closed when they have
+            # served.
+            self._backend = self._backend or backend
         memory = aligned_empty(span.length)
-        self._backend.submit(spanning(memory, span.offset)).wait()
+        backend.submit(spanning(memory, span.offset)).wait()
+        if backend is not self._backend:
+            backend.close()
         return memoryview(memory)
+
+    def _require_open(self) -> None:
+        if self._fd < 0:
+            raise UsageError("the file is closed", file=self.path)
 
     def _read_header(self) -> tuple[Superblock, Header]:
         size = os.fstat(self._fd).st_size

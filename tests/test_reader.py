@@ -24,7 +24,7 @@ import bundlefmt
 from bundlefmt.errors import BundleError, FormatError, ReadError, UsageError
 from bundlefmt.layout.constants import PARTS
 from bundlefmt.reader import Reader, ReadStats
-from bundlefmt.storage.backends import BACKENDS, Batch
+from bundlefmt.storage.backends import BACKENDS, Backend, Batch
 from bundlefmt.storage.buffers import aligned_empty
 from bundlefmt.storage.device import DirectIO, probe_direct
 from tests.conftest import FIXTURES, REFUSED, VECTORS, backends, flipped, prefixes, slices
@@ -365,6 +365,50 @@ def test_a_wrong_expert_is_refused_naming_the_layers_experts(expert: int | None)
         pytest.raises(UsageError, match=r"expert in 0\.\.2|experts 0\.\.2"),
     ):
         reader.read(1, [0], expert=expert)
+
+
+def test_a_file_that_two_threads_close_is_closed_once(
+    small_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, close, closed = bundlefmt.open(small_bundle), os.close, list[int]()
+
+    def closing(fd: int) -> None:
+        closed.append(fd)
+        if len(closed) == 1:
+            file.close()  # as another thread may meanwhile
+            close(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", closing)
+        file.close()
+    assert len(closed) == 1
+
+
+def test_a_closed_file_opens_no_reader(small_bundle: Path) -> None:
+    file = bundlefmt.open(small_bundle)
+    file.close()
+    with pytest.raises(UsageError, match="the file is closed"):
+        file.reader()
+
+
+def test_threads_that_first_read_at_once_leave_no_backend_open(
+    small_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with bundlefmt.open(small_bundle) as file:
+        config, make, made = file.blob("config.json"), file.backend, list[Backend]()
+
+        def backend() -> tuple[Backend, str | None]:
+            mine, fallback = make()
+            made.append(mine)
+            if len(made) == 1:
+                assert file.blob("config.json") == config  # as another thread may meanwhile
+            return mine, fallback
+
+        monkeypatch.setattr("bundlefmt.file._LONG", 1)
+        monkeypatch.setattr(file, "backend", backend)
+        assert file.blob("config.json") == config
+    assert len(made) == 2
+    assert [backend._engine for backend in made] == [None, None]
 
 
 def test_a_closed_reader_refuses_and_may_be_closed_again(small_bundle: Path) -> None:

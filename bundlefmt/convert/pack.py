@@ -205,10 +205,7 @@ def _notes(checkpoint: Checkpoint, activation: Activation, head: str | None) -> 
 
 
 def _refuse_target(target: Path, checkpoint: Checkpoint) -> None:
-    """Raise UsageError when `target` is a device, a pipe or a socket, or one of the checkpoint's
-    own files."""
-    if target.exists() and not target.is_file():
-        raise UsageError("not a regular file: it is not replaced", file=target)
+    """Raise UsageError when `target` is one of the checkpoint's own files."""
     for file in checkpoint.folder.files:
         if target.exists() and file.path.exists() and target.samefile(file.path):
             raise UsageError("this is the checkpoint itself", file=target)
