@@ -221,6 +221,12 @@ class Thing:
 thing = Thing()
 del thing
 """,
+    # As C code may that calls Python.
+    "in code that drops every error": """
+with contextlib.suppress(BaseException):
+    os.kill(os.getpid(), signal.SIGINT)
+    threading.Event().wait(1)
+""",
     # The module makes another error of it, as NumPy may.
     "in an import": "import broken",
 }
@@ -238,7 +244,7 @@ except BaseException:
 @pytest.mark.parametrize("case", LOST)
 def test_a_lost_interrupt_comes_again(tmp_path: Path, case: str) -> None:
     code = f"""
-import os, signal, sys, threading
+import contextlib, os, signal, sys, threading
 from bundlefmt.cli.interrupts import Interrupts
 
 try:

@@ -1,10 +1,10 @@
 """SIGINT ends a command with one line, and leaves nothing behind, whenever it comes.
 
 Facts: Python raises KeyboardInterrupt wherever the main thread happens to be. Within an import it
-may get lost, or be turned into another error. Within a finaliser it is printed and forgotten. A
-second one breaks off what the first one makes the program clean up. Strategy: an interrupt that
-comes during an import is looked at again a little later, one that got lost is raised anew, and one
-that comes while another is under way, or when the command is done, does nothing.
+may get lost, or be turned into another error. Within a finaliser it is printed and forgotten, and
+C code that calls Python may drop it. A second one breaks off what the first one makes the program
+clean up. Strategy: from the first interrupt on, the command is looked at every little while until
+it is done. KeyboardInterrupt is raised whenever none is under way and nothing is being imported.
 """
 
 from __future__ import annotations
@@ -50,12 +50,11 @@ class Interrupts:
             signal.signal(number, signal.SIG_IGN if self._lasting else handler)
 
     def _interrupted(self, number: int, frame: FrameType | None) -> None:
-        if not self._working or _interrupt_under_way():
+        if not self._working:
             return
-        if self._importing(frame):
-            signal.setitimer(signal.ITIMER_REAL, _SOON)
-            return
-        raise KeyboardInterrupt
+        signal.setitimer(signal.ITIMER_REAL, _SOON)
+        if not _interrupt_under_way() and not self._importing(frame):
+            raise KeyboardInterrupt
 
     def _importing(self, frame: FrameType | None) -> bool:
         while frame is not None and frame is not self._outermost:
@@ -65,9 +64,7 @@ class Interrupts:
         return False
 
     def _lost(self, found: sys.UnraisableHookArgs) -> None:
-        if issubclass(found.exc_type, KeyboardInterrupt):
-            signal.setitimer(signal.ITIMER_REAL, _SOON)
-        else:
+        if not issubclass(found.exc_type, KeyboardInterrupt):  # else it is raised anew
             sys.__unraisablehook__(found)
 
 

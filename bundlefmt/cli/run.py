@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature",
         type=float,
         default=0.0,
-        help="of the sampling; 0 takes the likeliest token",
+        help="temperature of the sampling; 0 takes the likeliest",
     )
     parser.add_argument(
         "--top-p",
