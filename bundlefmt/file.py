@@ -52,10 +52,10 @@ class BundleFile:
         self._backend: Backend | None = None
         try:
             self._fd = open_descriptor(self.path)
+        except IsADirectoryError as error:
+            why = "a folder, not a bundle file: `bundlefmt pack` makes one of a checkpoint"
+            raise UsageError(why, file=self.path) from error
         except OSError as error:
-            if Path(self.path).is_dir():
-                why = "a folder, not a bundle file: `bundlefmt pack` makes one of a checkpoint"
-                raise UsageError(why, file=self.path) from error
             raise UsageError(f"cannot open: {error.strerror}", file=self.path) from error
         try:
             with naming(self.path):

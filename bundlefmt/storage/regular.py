@@ -13,7 +13,10 @@ def open_descriptor(path: str | os.PathLike[str]) -> int:
     """The file's descriptor, for reading. Raises OSError where there is no regular file of that
     name."""
     try:
-        if not stat.S_ISREG(Path(path).stat().st_mode):  # some devices act when they are opened
+        mode = Path(path).stat().st_mode  # first, since some devices act when they are opened
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, "a folder, not a regular file")
+        if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, "not a regular file")
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except ValueError as error:  # a name that no file can have
