@@ -22,6 +22,10 @@ from bundlefmt.errors import ReadError, UsageError
 from bundlefmt.runtime import memory as memory_of
 from bundlefmt.storage.backends import BACKENDS, open_backend
 
+# Whoever starts the tests may ignore SIGINT, as a shell's background does; children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
 VECTORS = ROOT / "spec" / "vectors"
