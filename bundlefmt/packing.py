@@ -10,6 +10,7 @@ from bundlefmt.checkpoints.sources import SourceTensor
 from bundlefmt.convert import pack as convert
 from bundlefmt.convert.pack import PackReport
 from bundlefmt.convert.progress import Progress, silent
+from bundlefmt.errors import BundleError
 from bundlefmt.runtime import roles
 
 
@@ -56,5 +57,7 @@ def pack(
 def _judge(
     config: Mapping[str, Any], layers: int, tensors: Mapping[str, SourceTensor]
 ) -> tuple[str | None, list[str]]:
-    why_not = roles.why_not(config, layers, tensors)
-    return why_not, [] if why_not is not None else roles.unused(config, layers, tensors)
+    try:
+        return None, roles.unused(config, layers, tensors)
+    except BundleError as error:
+        return str(error), []

@@ -20,7 +20,7 @@ import bundlefmt
 from bundlefmt.errors import BundleError, FormatError, UsageError
 from bundlefmt.file import BundleFile
 from bundlefmt.runtime.config import DEFAULTS, DecoderConfig, decoder_config
-from bundlefmt.runtime.roles import unused, why_not
+from bundlefmt.runtime.roles import unused
 from tests.conftest import FIXTURES
 from tests.references import openelm
 
@@ -46,6 +46,15 @@ def described(tensors: Tensors) -> dict[str, SimpleNamespace]:
         name: SimpleNamespace(dtype="F32", shape=list(tensor.shape))
         for name, tensor in tensors.items()
     }
+
+
+def why_not(config: Config, layers: int, tensors: Any) -> str | None:
+    """Why the model is refused; None where it is computed."""
+    try:
+        unused(config, layers, tensors)
+    except BundleError as error:
+        return str(error)
+    return None
 
 
 def packed(folder: Path, config: Config, tensors: Tensors) -> Path:

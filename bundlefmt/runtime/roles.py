@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from bundlefmt.errors import BundleError, FormatError
+from bundlefmt.errors import FormatError
 from bundlefmt.layout.header import Group
 from bundlefmt.runtime.config import DecoderConfig, decoder_config
 
@@ -50,19 +50,10 @@ class Roles:
     unused: tuple[str, ...]
 
 
-def why_not(config: Mapping[str, Any], layers: int, tensors: Mapping[str, Described]) -> str | None:
-    """Why this runtime does not compute a model with that config.json, that many layers of FFNs,
-    and these other tensors, in one line; None where it does."""
-    try:
-        find(decoder_config(config, layers), tensors)
-    except BundleError as error:
-        return str(error)
-    return None
-
-
 def unused(config: Mapping[str, Any], layers: int, tensors: Mapping[str, Described]) -> list[str]:
-    """Names of tensors that the model is computed without; those of FFNs are among them. Raises
-    what `decoder_config` and `find` raise."""
+    """Names of tensors that a model with that config.json, that many layers of FFNs, and these
+    other tensors is computed without; those of FFNs are among them. Raises what `decoder_config`
+    and `find` raise for a model that this runtime does not compute."""
     return list(find(decoder_config(config, layers), tensors).unused)
 
 
