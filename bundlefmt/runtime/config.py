@@ -17,7 +17,7 @@ from bundlefmt.errors import FormatError, UsageError
 from bundlefmt.runtime.fields import Fields, is_number
 from bundlefmt.runtime.rope import MAX_HEAD_DIM, Rope, frequencies_of, rope_of
 
-_ATTENTION = frozenset({"qkv", "q", "k", "v", "out"})  # the roles of attention's linear maps
+ATTENTION_ROLES = frozenset({"qkv", "q", "k", "v", "out"})  # of its linear maps
 _NONE: frozenset[str] = frozenset()
 
 
@@ -392,7 +392,7 @@ def _kv_heads(fields: Fields, heads: int) -> int:
 
 def _llama(fields: Fields, config: Mapping[str, Any], layers: int) -> DecoderConfig:
     decoder = _like_llama(fields, config, [None] * _layers(fields, layers))
-    biased = _ATTENTION if fields.flag("attention_bias") else _NONE
+    biased = ATTENTION_ROLES if fields.flag("attention_bias") else _NONE
     return replace(decoder, biased=biased | {"ffn"} if fields.flag("mlp_bias") else biased)
 
 
@@ -403,13 +403,13 @@ def _mistral(fields: Fields, config: Mapping[str, Any], layers: int) -> DecoderC
 
 def _qwen2(fields: Fields, config: Mapping[str, Any], layers: int) -> DecoderConfig:
     decoder = _like_llama(fields, config, _windows(fields, layers))
-    return replace(decoder, biased=_ATTENTION - {"out"})
+    return replace(decoder, biased=ATTENTION_ROLES - {"out"})
 
 
 def _qwen3(fields: Fields, config: Mapping[str, Any], layers: int) -> DecoderConfig:
     fields.integer("head_dim")  # null is refused here
     decoder = _like_llama(fields, config, _windows(fields, layers))
-    biased = _ATTENTION if fields.flag("attention_bias") else _NONE
+    biased = ATTENTION_ROLES if fields.flag("attention_bias") else _NONE
     return replace(decoder, biased=biased, head_norms=True)
 
 
@@ -472,7 +472,7 @@ def _opt(fields: Fields, config: Mapping[str, Any], layers: int) -> DecoderConfi
         context=fields.integer("max_position_embeddings"),
         tied=fields.flag("tie_word_embeddings"),
         eos=_eos(fields),
-        biased=_ATTENTION | {"ffn"} if fields.flag("enable_bias") else _NONE,
+        biased=ATTENTION_ROLES | {"ffn"} if fields.flag("enable_bias") else _NONE,
         affine=fields.flag("layer_norm_elementwise_affine"),
         norm_first=norm_first,
         final_norm=norm_first and not fields.flag("_remove_final_layer_norm"),
@@ -550,7 +550,7 @@ def _phi(fields: Fields, config: Mapping[str, Any], layers: int) -> DecoderConfi
         context=context,
         tied=fields.flag("tie_word_embeddings"),
         eos=_eos(fields),
-        biased=_ATTENTION | {"ffn", "head"},
+        biased=ATTENTION_ROLES | {"ffn", "head"},
         head_norms=fields.flag("qk_layernorm"),
         parallel=True,
         rope=rope_of(config, head_dim, context, turning=0.5),
@@ -573,7 +573,7 @@ def _persimmon(fields: Fields, config: Mapping[str, Any], layers: int) -> Decode
         context=context,
         tied=fields.flag("tie_word_embeddings"),
         eos=_eos(fields),
-        biased=_ATTENTION | {"ffn"},
+        biased=ATTENTION_ROLES | {"ffn"},
         head_norms=fields.flag("qk_layernorm"),
         qkv_by_group=True,
         rope=rope_of(config, head_dim, context, turning=0.5),
@@ -616,7 +616,7 @@ def _falcon(fields: Fields, config: Mapping[str, Any], layers: int) -> DecoderCo
         context=context,
         tied=fields.flag("tie_word_embeddings"),
         eos=_eos(fields),
-        biased=_ATTENTION | {"ffn"} if fields.flag("bias") else _NONE,
+        biased=ATTENTION_ROLES | {"ffn"} if fields.flag("bias") else _NONE,
         parallel=parallel,
         qkv_by_group=True,
         rope=rope_of(config, head_dim, context),

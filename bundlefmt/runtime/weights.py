@@ -10,11 +10,9 @@ from numpy.typing import NDArray
 from bundlefmt import kernels
 from bundlefmt.file import BundleFile
 from bundlefmt.layout.header import Tensor
-from bundlefmt.runtime.config import DecoderConfig
+from bundlefmt.runtime.config import ATTENTION_ROLES, DecoderConfig
 from bundlefmt.runtime.roles import find, prefix_of, stem_of
 from bundlefmt.runtime.rotation import Rotation
-
-_ATTENTION = {"qkv", "q", "k", "v", "out"}  # the roles of its matrices
 
 
 class Linear(NamedTuple):
@@ -57,7 +55,7 @@ def attention_matrices(file: BundleFile, config: DecoderConfig, layer: int) -> l
     prefix = prefix_of(config, file.tensor_names)
     names = {
         f"{stem_of(config, prefix, role, layer)}.weight"
-        for role in _ATTENTION & config.names.keys()
+        for role in ATTENTION_ROLES & config.names.keys()
     }
     found = [
         tensor
