@@ -102,7 +102,7 @@ def trace(
         tokenizer.check(ids, model.decoder.vocabulary)
         if not ids:
             raise UsageError("no text to run over", file=text)
-        window = min(model.decoder.config.context or _WINDOW, _WINDOW)
+        window = min(model.decoder.config.context, _WINDOW)
         target = Path(out) if out is not None else Path(path).with_suffix(".traces")
         file_id, groups = model.file.superblock.file_id, model.file.groups
         with new_trace(target, file_id, groups) as writer:

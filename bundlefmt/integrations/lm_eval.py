@@ -28,7 +28,6 @@ try:
 except ImportError:
     raise UsageError("lm-eval is not installed: pip install 'bundlefmt[lm-eval]'") from None
 
-_MAX_LENGTH = 2048  # tokens, of a model that names no context
 _NEW_TOKENS = 256  # the harness's own default, for tasks that name no number
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
@@ -54,7 +53,7 @@ class BundleLM(TemplateLM):
     @property
     def max_length(self) -> int:
         """Tokens that the model sees at once."""
-        return self.model.decoder.config.context or _MAX_LENGTH
+        return self.model.decoder.config.context
 
     @property
     def eot_token_id(self) -> int:

@@ -153,7 +153,7 @@ def window_width(model: Model, context: int | None = None) -> int:
     context that is not the model's, FormatError for a model whose own holds no token and the one
     that follows it."""
     allowed = model.decoder.config.context
-    if allowed is not None and allowed < 2:
+    if allowed < 2:
         raise FormatError(
             "the model's context is too short to score",
             file=model.file.path,
@@ -162,8 +162,8 @@ def window_width(model: Model, context: int | None = None) -> int:
             found=allowed,
         )
     if context is None:
-        return min(allowed or _CONTEXT, _CONTEXT)
-    if allowed is not None and context > allowed:
+        return min(allowed, _CONTEXT)
+    if context > allowed:
         raise UsageError(
             "out of range",
             field="context",

@@ -178,8 +178,7 @@ class Model:
                 expected=f"{self.decoder.vocabulary} tokens, as {os.fspath(self.file.path)} has",
                 found=draft.decoder.vocabulary,
             )
-        context = draft.decoder.config.context or length
-        cache = draft._new_cache(min(length, context))
+        cache = draft._new_cache(min(length, draft.decoder.config.context))
         return Draft(draft.decoder, draft.file.path, cache, tokens, self.draft_stats)
 
     def _rotation(self, config: DecoderConfig, streamed: Sequence[int], verify: bool) -> Rotation:

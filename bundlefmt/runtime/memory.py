@@ -95,7 +95,7 @@ class Caching:
 
     def tokens_of(self, config: DecoderConfig) -> int:
         """The longest text that the budget is for."""
-        return self.tokens or min(config.context or _TOKENS, _TOKENS)
+        return self.tokens or min(config.context, _TOKENS)
 
     def backend(self, wanted: str) -> str:
         """How to read: the operating system can keep only what goes through its cache."""

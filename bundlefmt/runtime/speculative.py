@@ -142,8 +142,7 @@ class Draft:
     def _room(self, text: Sequence[int]) -> int:
         """How many tokens the draft's context lets it propose after `text`: it need not read the
         last of them."""
-        context = self._decoder.config.context
-        return self._tokens if context is None else context - len(text) + 1
+        return self._decoder.config.context - len(text) + 1
 
     def _keep(self, length: int) -> None:
         """Forget what the draft has read beyond that many tokens of the text."""
