@@ -30,7 +30,7 @@ import bundlefmt
 from bundlefmt.convert import writer
 from bundlefmt.errors import FormatError, ReadError, UsageError, WriteError
 from bundlefmt.layout.encodings import ENCODINGS
-from tests.conftest import DEMO, FIXTURES, SHARED, killed_before
+from tests.conftest import DEMO, FIXTURES, SHARED, killed_before, mounted
 from tools import make_checkpoint
 
 CASES = sorted(path.name for path in FIXTURES.iterdir())
@@ -684,15 +684,8 @@ def test_leavings_of_other_targets_are_left_alone(tmp_path: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a small tmpfs takes root")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
+    with mounted(tmp_path / "disk", "4m") as folder:
+        yield folder
 
 
 def fill(folder: Path) -> None:

@@ -9,7 +9,6 @@ import random
 import resource
 import shutil
 import struct
-import subprocess
 import tracemalloc
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -24,7 +23,7 @@ from bundlefmt.errors import BundleError, FormatError, UsageError, WriteError
 from bundlefmt.flash.order import make_order, requests
 from bundlefmt.flash.traces import Trace, new_trace
 from bundlefmt.storage.regular import read_regular
-from tests.conftest import FIXTURES, killed_before
+from tests.conftest import FIXTURES, killed_before, mounted
 
 NEURONS, D_MODEL, TOKENS = 72, 32, 110  # of the fixture, and of its trace
 
@@ -108,15 +107,8 @@ def test_mmap_ninjas_own_arrays_are_read(spoilt: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of one MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a small tmpfs takes root")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
+    with mounted(tmp_path / "disk", "1m") as folder:
+        yield folder
 
 
 def test_a_disk_that_fills_up_during_a_trace_leaves_nothing(opt: Path, small_disk: Path) -> None:
